@@ -1,0 +1,1 @@
+"""Entry points: the job spec's file (`spec_file`), the command line (`cli`), the demo (`demo`)."""

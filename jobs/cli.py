@@ -1,0 +1,239 @@
+"""The command line `r4b`. Progress and messages on stderr, results on stdout.
+
+Exit codes: 0 done, 1 the job failed, 2 the spec or the call was wrong, 130 stopped by Ctrl-C.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from jobs.spec_file import load_spec
+from pipeline.errors import R4BError, SpecError
+from pipeline.plan import Plan, make_plan
+from pipeline.records import ChunkReport, Manifest
+from pipeline.spec import JobSpec, StorageSpec
+
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the spec, such as --set engine.max_num_seqs=128. May be given several times.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+endpoint_option = click.option("--endpoint-url", metavar="URL", help="S3 endpoint to find OUTPUT at, if it is not AWS.")
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal."""
+    click.echo(message, err=True)
+
+
+def exits_cleanly(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn our errors into one message and an exit code, and Ctrl-C into a hint."""
+
+    @wraps(command)
+    def run(**kwargs: Any) -> None:
+        try:
+            command(**kwargs)
+        except R4BError as error:
+            say(f"r4b: {error}")
+            sys.exit(2 if isinstance(error, SpecError) else 1)
+        except KeyboardInterrupt:
+            say("r4b: stopped. Committed chunks are kept; the same command goes on from there.")
+            sys.exit(130)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="r4b")
+def main() -> None:
+    """Run R-4B, a vision-language model that decides by itself when to think, over whole datasets.
+
+    A job is a YAML file (see docs/job-spec.md): where the images are, what to ask, which engine, where the answers
+    go. `r4b plan` shows what would run, `r4b run` runs it and resumes it, `r4b status` tells how far it is.
+    """
+
+
+@main.command()
+@click.argument("spec")
+@set_option
+@click.option("--retry-errors", is_flag=True, help="Also run the rows again that hold an error, and replace them.")
+@click.option("--drop-stale", is_flag=True, help="Delete parts whose shards changed since; their rows are redone.")
+@click.option("--force-new", is_flag=True, help="Delete what another job left at output.url, and start over.")
+@json_option
+@exits_cleanly
+def run(spec: str, overrides: tuple[str, ...], as_json: bool, **options: bool) -> None:
+    """Run the job in SPEC, or what an earlier run left of it.
+
+    Only chunks without a part at output.url are done, so the command may be killed and repeated at any time.
+    """
+    job = load_spec(spec, overrides)
+    manifest, _ = run_with_progress(job, **options)
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+    else:
+        click.echo(describe_manifest(job, manifest))
+
+
+def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
+    """Run a job with a progress bar on stderr; returns the manifest and the number of rows generated."""
+    from pipeline.batch import run_batch
+
+    generated = 0
+    with ExitStack() as stack:
+        bar: Any = None
+
+        def on_start(plan: Plan, num_pending: int) -> None:
+            nonlocal bar
+            rows = plan.num_samples * len(job.prompts)
+            say(
+                f"{job.name}: {plan.num_shards} shards, {plan.num_samples} samples, {rows} rows in "
+                f"{len(plan.chunks)} chunks; {num_pending} chunks to do"
+            )
+            pause = 1 if sys.stderr.isatty() else 15
+            bar = stack.enter_context(tqdm(total=rows, unit="row", file=sys.stderr, mininterval=pause))
+
+        def on_commit(report: ChunkReport) -> None:
+            nonlocal generated
+            generated += report.num_rows
+            bar.update(report.num_rows)
+
+        manifest = run_batch(job, on_start=on_start, on_commit=on_commit, **options)
+    return manifest, generated
+
+
+def describe_manifest(job: JobSpec, manifest: Manifest) -> str:
+    """A few lines about a finished job."""
+    lines = [
+        f"{manifest.num_rows} rows in {manifest.num_chunks} parts: {job.output.url.rstrip('/')}/data/*.parquet",
+        f"thinking {manifest.num_thinking}, direct {manifest.num_rows - manifest.num_errors - manifest.num_thinking}, "
+        f"errors {manifest.num_errors}; {manifest.prompt_tokens} prompt and {manifest.completion_tokens} output tokens",
+    ]
+    lines += [f"  {count} x {name}" for name, count in sorted(manifest.errors_by_type.items())]
+    if manifest.stale_parts:
+        lines.append(f"{len(manifest.stale_parts)} parts are stale: their shards are no longer in the input.")
+    return "\n".join(lines)
+
+
+@main.command()
+@click.argument("spec")
+@set_option
+@json_option
+@exits_cleanly
+def plan(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what `r4b run SPEC` would do. Reads listings and footers only; starts no model."""
+
+    job = load_spec(spec, overrides)
+    planned = make_plan(job)
+    committed = committed_if_any(job)
+    left = planned.without(committed)
+    facts = {
+        "name": job.name,
+        "shards": planned.num_shards,
+        "samples": planned.num_samples,
+        "rows": planned.num_samples * len(job.prompts),
+        "chunks": len(planned.chunks),
+        "chunks_committed": len(planned.chunks) - len(left.chunks),
+        "rows_to_do": left.num_samples * len(job.prompts),
+        "stale_parts": len(planned.stale(committed)),
+    }
+    show_facts(facts, as_json)
+
+
+def committed_if_any(job: JobSpec) -> frozenset[str]:
+    """Chunks that the output holds already; none if there is no output yet."""
+    from pipeline.commits import Output, committed_chunks
+
+    return committed_chunks(Output(job, {}))
+
+
+@main.command()
+@click.argument("output")
+@endpoint_option
+@json_option
+@exits_cleanly
+def status(output: str, endpoint_url: str | None, as_json: bool) -> None:
+    """Tell how far the job at OUTPUT is: chunks done and left, rows, modes, errors."""
+    from pipeline.commits import Output, committed_chunks, is_finished, read_job_file, read_reports
+    from pipeline.spec import parse_spec
+    from pipeline.storage import absolute_url
+
+    found = read_job_file(absolute_url(output), StorageSpec(endpoint_url=endpoint_url))
+    job = parse_spec(found["spec"], f"{output}/_job.json")
+    place = Output(job, found["made_with"])
+    committed = committed_chunks(place)
+    totals = Manifest(job.name, found["fingerprint"], job.engine.model, len(committed))
+    for report in read_reports(place, sorted(committed)):
+        totals.add(report)
+    facts: dict[str, Any] = {"name": job.name, "model": job.engine.model, "finished": is_finished(place)}
+    try:
+        planned = make_plan(job)
+        facts |= {"chunks": len(planned.chunks), "chunks_left": len(planned.without(committed).chunks)}
+        facts |= {"stale_parts": len(planned.stale(committed))}
+    except SpecError as error:
+        facts |= {"chunks": None, "chunks_left": None, "input": str(error)}
+    facts |= {"chunks_committed": len(committed), "rows": totals.num_rows, "errors": totals.num_errors}
+    facts |= {"thinking": totals.num_thinking, "prompt_tokens": totals.prompt_tokens}
+    show_facts({**facts, "completion_tokens": totals.completion_tokens}, as_json)
+
+
+def show_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """Names and values, one a line, or as JSON."""
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        width = max(len(name) for name in facts)
+        click.echo("\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items()))
+
+
+@main.command()
+@click.argument("output")
+@endpoint_option
+@click.option("--truth", metavar="COLUMN", help="A kept column of true answers to compare with.")
+@click.option("--by", metavar="COLUMN", help="A kept column to group that comparison by.")
+@json_option
+@exits_cleanly
+def report(output: str, endpoint_url: str | None, truth: str | None, by: str | None, as_json: bool) -> None:
+    """Sum up the parts at OUTPUT: rows, tokens and thoughts by mode, errors by type."""
+    from jobs.demo import report_lines
+    from pipeline.report import make_report
+
+    made = make_report(output, StorageSpec(endpoint_url=endpoint_url), truth, by)
+    if as_json:
+        click.echo(json.dumps(asdict(made), indent=2))
+        return
+    click.echo("\n".join(report_lines(made)))
+    for name, count in sorted(made.errors_by_type.items()):
+        click.echo(f"{count} x {name}")
+
+
+@main.command()
+@click.option("--rows", default=300, show_default=True, type=click.IntRange(1, 100_000), help="Scenes to draw.")
+@click.option(
+    "--output", default="./demo-output", show_default=True, metavar="DIR", help="Folder for shards and parts."
+)
+@exits_cleanly
+def demo(rows: int, output: str) -> None:
+    """Draw scenes, annotate them with the small checkpoint on this machine's CPU, and show the result.
+
+    DIR gets the shards under input/, the job's spec as job.yaml and its parts under output/. Running it again with
+    the same DIR and --rows does only what is missing.
+    """
+    from jobs.demo import prepare_demo, show_demo
+
+    job = prepare_demo(Path(output).resolve(), rows)
+    say("Starting the engine; this takes about half a minute on a CPU.")
+    start = time.monotonic()
+    _, generated = run_with_progress(job)
+    show_demo(job, time.monotonic() - start, generated, click.echo)

@@ -1,0 +1,68 @@
+"""From a YAML file and `--set key=value` options to a checked JobSpec.
+
+Not covered: what the keys mean (`pipeline/spec.py`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import SpecError
+from pipeline.spec import JobSpec, parse_spec
+
+
+def load_spec(path: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read, override, check; raises SpecError."""
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_spec(data, path)
+
+
+def read_yaml(path: str) -> Any:
+    """The file's content; raises SpecError that names the line."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: the job spec cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: the job spec is not UTF-8 text.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise SpecError(f"{path}: not valid YAML: {getattr(error, 'problem', error)}{where}.") from error
+
+
+def apply_override(data: Any, override: str) -> None:
+    """Set `a.b.0.c=value` in place; the value is read as YAML, so numbers, lists and null are what they look like."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise SpecError(f"--set {override}: write it as key=value, such as engine.max_num_seqs=128.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override}: the value is not valid YAML.") from error
+    *path, last = key.split(".")
+    place = data
+    for name in path:
+        place = _step_into(place, name, override)
+    _assign(place, last, value, override)
+
+
+def _step_into(place: Any, name: str, override: str) -> Any:
+    if isinstance(place, list) and name.isdigit() and int(name) < len(place):
+        return place[int(name)]
+    if isinstance(place, dict):
+        return place.setdefault(name, {})
+    raise SpecError(f"--set {override}: there is no key {name!r} there.")
+
+
+def _assign(place: Any, name: str, value: Any, override: str) -> None:
+    if isinstance(place, dict):
+        place[name] = value
+    elif isinstance(place, list) and name.isdigit() and int(name) < len(place):
+        place[int(name)] = value
+    else:
+        raise SpecError(f"--set {override}: there is no key {name!r} there.")

@@ -1,0 +1,196 @@
+"""R-4B on vLLM: one `AsyncLLM`, the same for batch and online. The one module that imports vllm.
+
+Prompts are rendered by vLLM's own renderer with the checkpoint's chat template, exactly as its OpenAI server does.
+Not covered: HTTP, and restarting: an engine that died stays dead.
+"""
+
+import copy
+import dataclasses
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+# Read by vLLM when it is imported. Several engines on one machine must not be bound to the same core, and Ray
+# limits an engine's threads already. Logs below warnings would drown the job's own.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.renderers.params import ChatParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from pipeline.engine.contract import MAX_IMAGES, EngineRequest
+from pipeline.errors import EngineDiedError, JobError, SampleError
+from pipeline.records import DecodedImage, Generation
+from pipeline.spec import EngineSpec, SamplingSpec
+from pipeline.thinking import CLOSE_TAG, OPEN_TAG, Tags, mode_of, split_thought
+
+TAIL_TOKENS = 16
+"""Enough of the rendered prompt's end to see how the generation prompt leaves the thought."""
+
+DEFAULT_ARGS: dict[str, Any] = {
+    "limit_mm_per_prompt": {"image": MAX_IMAGES},
+    "generation_config": "vllm",  # sampling is the job's, never the checkpoint's
+    "disable_log_stats": True,
+    # vLLM's 4 GiB default is held twice, in this process and in the engine core's.
+    "mm_processor_cache_gb": 1,
+}
+
+
+def engine_arg_names() -> frozenset[str]:
+    """What `engine.args` may hold."""
+    return frozenset(field.name for field in dataclasses.fields(AsyncEngineArgs))
+
+
+def spec_to_args(spec: EngineSpec) -> AsyncEngineArgs:
+    """vLLM's arguments for a spec; raises JobError for one that vLLM does not know."""
+    if unknown := sorted(set(spec.args) - engine_arg_names()):
+        raise JobError(f"engine.args.{unknown[0]}: vLLM's AsyncEngineArgs has no argument of this name.")
+    own = {
+        "model": spec.model,
+        "revision": spec.revision,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.max_num_seqs,
+    }
+    return AsyncEngineArgs(**{**DEFAULT_ARGS, **spec.args, **own})
+
+
+class VLLMEngine:
+    """The engine contract on a running AsyncLLM. Build it with `start`, inside the event loop that will use it."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self.llm = llm
+        # A copy: the renderer's threads use theirs at the same time, and fast tokenizers are not thread-safe.
+        self._tokenizer: Any = copy.deepcopy(llm.renderer.get_tokenizer())
+        self._tags = self._find_tags()
+        self._max_model_len = llm.model_config.max_model_len
+
+    @classmethod
+    async def start(cls, spec: EngineSpec) -> "VLLMEngine":
+        """Load the model; raises JobError, with vLLM's own words, when that fails."""
+        try:
+            return cls(AsyncLLM.from_engine_args(spec_to_args(spec)))
+        except JobError:
+            raise
+        except Exception as error:  # a model that does not load fails in as many ways as vLLM has code paths
+            raise JobError(f"The engine did not start with {spec.model}: {_one_line(error)}") from error
+
+    def _find_tags(self) -> Tags:
+        open_id, close_id = (self._tokenizer.convert_tokens_to_ids(tag) for tag in (OPEN_TAG, CLOSE_TAG))
+        if None in (open_id, close_id) or self._tokenizer.unk_token_id in (open_id, close_id):
+            raise JobError(f"The model has no {OPEN_TAG} and {CLOSE_TAG} tokens: it does not mark its thoughts.")
+        end = self.llm.model_config.try_get_generation_config().get("eos_token_id")
+        ends = {self._tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+        return Tags(open_id, close_id, frozenset(ends - {None}))
+
+    async def generate(self, request: EngineRequest) -> Generation:
+        """As the contract says. `latency_s` runs from here, rendering included, to the last token."""
+        start = time.monotonic()
+        prompt = await self._render(request)
+        params = self._sampling_params(request.sampling, len(prompt["prompt_token_ids"]))
+        try:
+            outputs = self.llm.generate(prompt, params, uuid.uuid4().hex, priority=request.priority)
+            (final,) = [output async for output in outputs]  # FINAL_ONLY: there is one
+        except VLLMClientError as error:
+            raise _to_sample_error(error) from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineDiedError(f"The engine died: {_one_line(error)}") from error
+        return self._to_generation(final, prompt, request.sampling, time.monotonic() - start)
+
+    async def _render(self, request: EngineRequest) -> Any:
+        """The rendered, tokenized prompt with its images (vLLM's EngineInput); raises SampleError."""
+        params = ChatParams(chat_template_kwargs=self._template_kwargs(request))
+        messages: Any = _place_images(request)
+        try:
+            _, (prompt,) = await self.llm.renderer.render_chat_async([messages], params)
+        except (VLLMClientError, ValueError, TypeError) as error:
+            raise _to_sample_error(error) from error
+        length = len(prompt["prompt_token_ids"])
+        if length >= self._max_model_len:
+            raise SampleError(
+                "prompt_too_long", f"The prompt has {length} tokens, the model takes {self._max_model_len}."
+            )
+        return prompt
+
+    def _template_kwargs(self, request: EngineRequest) -> dict[str, Any]:
+        return {"thinking_mode": request.thinking_mode, "add_generation_prompt": True}
+
+    def _sampling_params(self, sampling: SamplingSpec, prompt_tokens: int) -> SamplingParams:
+        values = sampling.model_dump()
+        values["max_tokens"] = min(sampling.max_tokens, self._max_model_len - prompt_tokens)
+        values["stop"] = list(sampling.stop)
+        return SamplingParams(**values, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=bool(sampling.stop))
+
+    def _to_generation(
+        self, output: RequestOutput, prompt: Mapping[str, Any], sampling: SamplingSpec, latency_s: float
+    ) -> Generation:
+        completion = output.outputs[0]
+        prompt_ids = output.prompt_token_ids or []
+        tail = self._tokenizer.decode(prompt_ids[-TAIL_TOKENS:])
+        thought = split_thought(tail, completion.token_ids, self._tags)
+        reasoning = self._decode(thought.reasoning_ids)
+        mode = mode_of(thought, reasoning)
+        answer = None if thought.answer_ids is None else self._decode(thought.answer_ids)
+        if answer is not None and isinstance(completion.stop_reason, str):
+            answer = answer.partition(completion.stop_reason)[0].rstrip()
+        placeholders = prompt.get("mm_placeholders", {}).get("image", ())
+        return Generation(
+            mode_chosen=mode,
+            reasoning=reasoning if mode == "thinking" else None,
+            answer=answer,
+            finish_reason=str(completion.finish_reason),
+            thinking_truncated=thought.answer_ids is None,
+            prompt_tokens=len(prompt_ids),
+            image_tokens=sum(place.get_num_embeds() for place in placeholders),
+            completion_tokens=len(completion.token_ids),
+            reasoning_tokens=len(thought.reasoning_ids),
+            answer_tokens=len(thought.answer_ids or ()),
+            latency_s=latency_s,
+        )
+
+    def _decode(self, token_ids: tuple[int, ...]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    def shutdown(self) -> None:
+        """As the contract says."""
+        self.llm.shutdown()
+
+
+def _place_images(request: EngineRequest) -> list[dict[str, Any]]:
+    """The messages with each `{"type": "image"}` part replaced by the next image."""
+    images = iter(request.images)
+    messages = []
+    for message in request.messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [_place(part, images) for part in content]
+        messages.append({**message, "content": content})
+    return messages
+
+
+def _place(part: Mapping[str, Any], images: Any) -> Mapping[str, Any]:
+    if part["type"] != "image":
+        return part
+    image: DecodedImage | None = next(images, None)
+    if image is None:
+        raise SampleError("request_invalid", "The messages name more images than the request holds.")
+    return {"type": "image_pil", "image_pil": Image.frombytes("RGB", (image.width, image.height), image.pixels)}
+
+
+def _to_sample_error(error: Exception) -> SampleError:
+    too_long = isinstance(error, VLLMValidationError) and error.parameter in ("input_text", "input_tokens")
+    return SampleError("prompt_too_long" if too_long else "request_invalid", _one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

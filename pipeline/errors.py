@@ -1,0 +1,53 @@
+"""Everything that can go wrong, as one tree.
+
+    R4BError
+    ├── SpecError        the spec or the call is wrong: nothing was started (exit code 2)
+    ├── JobError         the job cannot go on (exit code 1)
+    │   ├── ErrorRateError   too many rows failed
+    │   ├── EngineDiedError          the engine's processes are gone; a new engine is needed
+    │   ├── StorageError        the object store refused or failed after its retries
+    │   └── ShardChangedError        an input shard is not what the plan saw
+    └── SampleError      one row failed; it becomes an error row and the job goes on
+
+Messages are for a person: they name the thing, the value and the way out.
+"""
+
+
+class R4BError(Exception):
+    """Base of all errors that are reported without a traceback."""
+
+
+class SpecError(R4BError):
+    """The spec, the call or the place it points to is wrong."""
+
+
+class JobError(R4BError):
+    """The job cannot go on; what is committed stays, and a new run resumes it."""
+
+
+class ErrorRateError(JobError):
+    """The share of error rows is above `limits.max_error_rate`."""
+
+
+class EngineDiedError(JobError):
+    """The engine's processes are gone. It never recovers in its process: the actor that holds it must exit."""
+
+
+class StorageError(JobError):
+    """The object store refused a request or kept failing."""
+
+
+class ShardChangedError(JobError):
+    """A shard was replaced or removed between plan and read."""
+
+
+class SampleError(R4BError):
+    """One row cannot be answered; `error_type` is a short stable word, the message one sentence."""
+
+    def __init__(self, error_type: str, message: str) -> None:
+        super().__init__(message)
+        self.error_type = error_type
+        self.message = message
+
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[str, str]]:
+        return SampleError, (self.error_type, self.message)

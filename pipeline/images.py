@@ -1,0 +1,96 @@
+"""From the bytes that a dataset holds to the RGB pixels that the model sees.
+
+Every way in which bytes can fail to be a usable image becomes a `SampleError` with its own `error_type`; limits are
+checked on the header, before pixels are allocated.
+Not covered: fetching, shrinking, and decoders that hang.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.errors import SampleError
+from pipeline.records import DecodedImage
+
+Image.init()  # registers all formats; `formats=` below may name only registered ones
+_WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS = [name for name in _WANTED if name in Image.OPEN]
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+    + (".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+"""File names that count as images in a folder."""
+
+# Pillow's own limit cannot be set per call; `max_pixels` below is checked in its place, before any pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode_image(data: bytes | None, max_bytes: int, max_pixels: int) -> DecodedImage:
+    """Decode one image, upright, on white, as 8-bit RGB; raises SampleError."""
+    if data is None:
+        raise SampleError("image_null", "The image is null.")
+    if len(data) == 0:
+        raise SampleError("image_empty", "The image has no bytes.")
+    if len(data) > max_bytes:
+        raise SampleError("image_too_many_bytes", f"The image has {len(data)} bytes, the limit is {max_bytes}.")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, max_pixels)
+            _load(image)
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+    except SampleError:
+        raise
+    except UnidentifiedImageError as error:
+        raise SampleError("image_unrecognized", f"The bytes are not an image ({_first_bytes(data)}).") from error
+    except Exception as error:  # Pillow's decoders raise almost any type on hostile bytes
+        raise SampleError("image_corrupt", f"The image cannot be decoded: {_one_line(error)}.") from error
+    return DecodedImage(rgb.width, rgb.height, rgb.tobytes())
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        message = f"The image says it is {image.width} x {image.height} pixels, the limit is {max_pixels} pixels."
+        raise SampleError("image_too_many_pixels", message)
+    if image.width == 0 or image.height == 0:
+        raise SampleError("image_corrupt", f"The image says it is {image.width} x {image.height} pixels.")
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" in str(error) or "not enough" in str(error):
+            raise SampleError("image_truncated", f"The image is cut short: {_one_line(error)}.") from error
+        raise
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB: transparency on white (as R-4B's own code does), 16 bits scaled down, not clipped."""
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or _has_transparent_color(image):
+        layered = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layered).convert("RGB")
+    if image.mode.startswith(("I", "F")):
+        return _deep_to_gray(np.asarray(image).astype(np.float64)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _has_transparent_color(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info
+
+
+def _deep_to_gray(values: np.ndarray) -> Image.Image:
+    """Gray levels of more than 8 bits, [height, width], to 8 bits; floats count as 0..1 if none is larger."""
+    values = np.nan_to_num(values)
+    top = float(values.max(initial=0.0))
+    scale = 1.0 if top <= 1.0 else 65535.0 if top <= 65535.0 else top
+    return Image.fromarray(np.clip(values / scale * 255.0 + 0.5, 0, 255).astype(np.uint8))
+
+
+def _first_bytes(data: bytes) -> str:
+    return f"{len(data)} bytes, starting with {data[:8]!r}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

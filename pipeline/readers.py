@@ -1,0 +1,156 @@
+"""From one chunk to its tasks: fetch, check, decode, render. Runs on CPUs, one chunk at a time.
+
+What is wrong with a row becomes that row's error; what is wrong with the shard (gone, changed, unreadable) raises.
+The invariant: a chunk of n samples and p prompts gives n * p tasks, whatever they hold.
+Not covered: generation.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import JobError, SampleError, ShardChangedError, StorageError
+from pipeline.images import decode_image
+from pipeline.plan import input_columns
+from pipeline.prompts import render_prompt
+from pipeline.records import Chunk, DecodedImage, ReadChunk, Task, Work
+from pipeline.spec import JobSpec, PromptSpec
+from pipeline.storage import absolute_url, join_url, open_store
+
+FETCHES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class _Sample:
+    sample_id: str
+    columns: Mapping[str, Any]
+    fetch: Callable[[], bytes | None]
+
+
+def read_chunk(work: Work, job: JobSpec) -> ReadChunk:
+    """Read a chunk's samples and make a task of each (sample, prompt); raises JobError if the shard is unusable."""
+    samples, kept = (_read_folder if work.chunk.members else _read_parquet)(work.chunk, job)
+    with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+        tasks_of_samples = list(pool.map(lambda sample: _make_tasks(sample, work, job), samples))
+    origins = [index for index, tasks in enumerate(tasks_of_samples) for _ in tasks]
+    tasks = tuple(task for tasks in tasks_of_samples for task in tasks)
+    return ReadChunk(work, tasks, kept.take(pa.array(origins, pa.int64())))
+
+
+def _make_tasks(sample: _Sample, work: Work, job: JobSpec) -> list[Task]:
+    prompts: Sequence[PromptSpec] = job.prompts
+    if work.retry is not None:
+        prompts = [prompt for prompt in prompts if (sample.sample_id, prompt.id) in work.retry.keys]
+    if not prompts:
+        return []
+    image = _load_image(sample, job)
+    return [_make_task(sample, prompt, image) for prompt in prompts]
+
+
+def _load_image(sample: _Sample, job: JobSpec) -> DecodedImage | SampleError:
+    try:
+        return decode_image(sample.fetch(), job.limits.max_image_bytes, job.limits.max_image_pixels)
+    except SampleError as error:
+        return error
+
+
+def _make_task(sample: _Sample, prompt: PromptSpec, image: DecodedImage | SampleError) -> Task:
+    try:
+        rendered = render_prompt(prompt.template, prompt.system, prompt.thinking_mode, sample.columns)
+    except SampleError as error:
+        return Task(sample.sample_id, prompt.id, prompt.thinking_mode, error=error)
+    if isinstance(image, SampleError):
+        return Task(sample.sample_id, prompt.id, rendered.thinking_mode, error=image)
+    return Task(sample.sample_id, prompt.id, rendered.thinking_mode, (image,), rendered.text, rendered.system)
+
+
+def _read_parquet(chunk: Chunk, job: JobSpec) -> tuple[list[_Sample], pa.Table]:
+    table = _read_rows(chunk, job)
+    columns = job.input.columns
+    ids = table.column(columns.id).to_pylist() if columns.id in table.column_names else [None] * table.num_rows
+    sample_ids = [f"{chunk.shard}#{chunk.start + n}" if value is None else str(value) for n, value in enumerate(ids)]
+    names = sorted(frozenset().union(*(prompt.columns for prompt in job.prompts)))
+    rows = table.select(names).to_pylist() if names else [{}] * table.num_rows
+    images = table.column(columns.image)
+    samples = [
+        _Sample(sample_id, row, _image_fetcher(images, index, chunk, job))
+        for index, (sample_id, row) in enumerate(zip(sample_ids, rows, strict=True))
+    ]
+    return samples, table.select(job.output.keep_columns)
+
+
+def _read_rows(chunk: Chunk, job: JobSpec) -> pa.Table:
+    """Rows [start, stop) of the shard, from the row groups that hold them, the needed columns only."""
+    try:
+        with open_store(chunk.shard, job.storage, job.limits.fetch_timeout_s).open(
+            chunk.shard, chunk.shard_version
+        ) as file:
+            shard = pq.ParquetFile(file, pre_buffer=True)
+            groups, first = _groups_of(shard.metadata, chunk.start, chunk.stop)
+            names = input_columns(job, set(shard.schema_arrow.names))
+            table = shard.read_row_groups(groups, columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise JobError(f"{chunk.shard} cannot be read: {error}") from error
+    return table.slice(chunk.start - first, chunk.num_samples)
+
+
+def _groups_of(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+    """The row groups that overlap [start, stop), and the index of their first row."""
+    groups: list[int] = []
+    first = row = 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row < stop and row + rows > start:
+            first = first if groups else row
+            groups.append(group)
+        row += rows
+    return groups, first
+
+
+def _image_fetcher(images: pa.ChunkedArray, index: int, chunk: Chunk, job: JobSpec) -> Callable[[], bytes | None]:
+    def fetch() -> bytes | None:
+        value = images[index].as_py()
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is None and path:
+            return _fetch_path(path, chunk, job)
+        return None if data is None else bytes(data)
+
+    return fetch
+
+
+def _fetch_path(path: str, chunk: Chunk, job: JobSpec) -> bytes:
+    """A struct without bytes names its image by a path, relative to the shard (Hugging Face datasets)."""
+    url = path if "://" in path else absolute_url(join_url(chunk.shard.rpartition("/")[0], path))
+    return _fetch_file(url, None, job)
+
+
+def _fetch_file(url: str, version: str | None, job: JobSpec) -> bytes:
+    try:
+        return open_store(url, job.storage, job.limits.fetch_timeout_s).read(url, version)
+    except ShardChangedError as error:
+        raise SampleError("image_missing", str(error)) from error
+    except (StorageError, OSError) as error:
+        raise SampleError("image_unreadable", str(error)) from error
+
+
+def _read_folder(chunk: Chunk, job: JobSpec) -> tuple[list[_Sample], pa.Table]:
+    samples = list(_folder_samples(chunk, job))
+    kept = {
+        name: pa.array([sample.columns[name] for sample in samples], pa.string()) for name in job.output.keep_columns
+    }
+    return samples, pa.table(kept) if kept else _empty_rows(len(samples))
+
+
+def _folder_samples(chunk: Chunk, job: JobSpec) -> Iterator[_Sample]:
+    for url, version in chunk.members:
+        path = url.removeprefix(chunk.shard.rstrip("/") + "/") if url != chunk.shard else url.rpartition("/")[2]
+        text = path.encode("utf-8", "replace").decode()  # a file name need not be UTF-8
+        yield _Sample(text, {"id": text, "path": text}, lambda url=url, version=version: _fetch_file(url, version, job))  # type: ignore[misc]
+
+
+def _empty_rows(num_rows: int) -> pa.Table:
+    return pa.table({"_": pa.nulls(num_rows)}).select([])
