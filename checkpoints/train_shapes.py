@@ -1,6 +1,6 @@
 """Train the small R-4B checkpoint on drawn scenes, on a CPU.
 
-    python checkpoints/train_shapes.py --output checkpoints/r4b-shapes --steps 5500
+    python -m checkpoints.train_shapes --output checkpoints/r4b-shapes --steps 5500
 
 The model is R-4B's architecture (SigLIP tower, projector with pre-norm, Qwen3, anyres tiles) at 1.6 M parameters.
 It learns the wire forms of R-4B: in `auto` it decides by its first token whether to think, in `long` the prompt
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -294,6 +295,31 @@ def pretrain_vision(model: LlavaOnevisionForConditionalGeneration, processor: Ll
             print(f"vision step {step} loss {loss.item():.4f} patches right {right:.4f}", flush=True)
 
 
+@torch.no_grad()
+def speak_greedily(
+    model: LlavaOnevisionForConditionalGeneration,
+    processor: LlavaNextProcessor,
+    prompt: str,
+    image: Image.Image,
+    max_tokens: int,
+) -> tuple[list[int], list[int]]:
+    """The rendered prompt's token ids and the greedy completion's, the end-of-turn token included."""
+    inputs = processor(images=[image], text=prompt, return_tensors="pt")
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    features = torch.cat(list(model.model.get_image_features(**pictures, return_dict=True).pooler_output))
+    prompt_ids = inputs["input_ids"]
+    embeddings = model.get_input_embeddings()(prompt_ids)
+    embeddings = embeddings.masked_scatter((prompt_ids == model.config.image_token_id).unsqueeze(-1), features)
+    completion: list[int] = []
+    cache = None
+    while len(completion) < max_tokens and completion[-1:] != [processor.tokenizer.eos_token_id]:
+        state = model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        cache = state.past_key_values
+        completion.append(int(model.lm_head(state.last_hidden_state[:, -1]).argmax()))
+        embeddings = model.get_input_embeddings()(torch.tensor([completion[-1:]]))
+    return prompt_ids[0].tolist(), completion
+
+
 def train(
     output: Path,
     steps: int,
@@ -340,7 +366,7 @@ def train(
         )
         optimizer.zero_grad(set_to_none=True)
         # Direct answers are few tokens; divide by rows too, or the long completions would drown them.
-        (loss / (0.5 * num_targets + 6 * len(rows))).backward()
+        (loss / (0.5 * num_targets + 6 * len(rows))).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

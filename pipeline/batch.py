@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -98,6 +99,7 @@ class EngineActor:
     def __init__(self, job: JobSpec) -> None:
         self.job = job
         self.engine: Any = None
+        self.ready_at = 0.0
         self.starting = asyncio.Lock()
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -105,13 +107,14 @@ class EngineActor:
         async with self.starting:  # here, not in the constructor: the engine lives in this event loop
             if self.engine is None:
                 self.engine = await open_engine(self.job.engine)
+                self.ready_at = time.time()
         try:
             results = await asyncio.gather(*(self.answer(task) for task in chunk.tasks))
         except EngineDiedError:
             # An engine that died never recovers in its process; exiting lets Ray restart the actor, retry its chunks.
             os._exit(1)
         tasks = tuple(replace(task, images=()) for task in chunk.tasks)
-        return to_batch(GeneratedChunk(chunk.work, tasks, tuple(results), chunk.kept))
+        return to_batch(GeneratedChunk(chunk.work, tasks, tuple(results), chunk.kept, self.ready_at))
 
     async def answer(self, task: Task) -> Generation | SampleError:
         """One row's generation, or what is wrong with it."""

@@ -26,7 +26,6 @@ from pipeline.spec import JobSpec, StorageSpec, fingerprint_of
 from pipeline.storage import absolute_url, join_url, open_store
 
 READS_AT_ONCE = 16
-# In the order of ChunkReport's fields.
 FOOTER_NUMBERS = ("num_errors", "num_thinking", "prompt_tokens", "completion_tokens")
 JOB_FILE, MANIFEST_FILE, SUCCESS_FILE = "_job.json", "_manifest.json", "_SUCCESS"
 
@@ -130,7 +129,7 @@ def commit_chunk(chunk: GeneratedChunk, output: Output) -> ChunkReport:
     table = rows_to_table(chunk)
     if chunk.work.retry is not None:
         return _replace_errors(chunk, chunk.work.retry, table, output)
-    report = report_of(chunk_id, chunk.work.chunk.shard, table)
+    report = report_of(chunk, table)
     if store.put_if_absent(url, _to_parquet(table, report, output)):
         return report
     return read_report(output, chunk_id)
@@ -149,7 +148,7 @@ def _replace_errors(chunk: GeneratedChunk, retry: Retry, redone: pa.Table, outpu
         for index, key in enumerate(_keys(old))
     ]
     table = both.take(pa.array(order, pa.int64()))
-    report = report_of(chunk.work.chunk.chunk_id, chunk.work.chunk.shard, table)
+    report = report_of(chunk, table)
     if store.replace(url, _to_parquet(table, report, output), retry.part_version):
         return report
     return read_report(output, report.chunk_id)
@@ -181,8 +180,8 @@ def read_report(output: Output, chunk_id: str) -> ChunkReport:
         metadata = pq.ParquetFile(file).metadata
     footer = {key.decode(): value.decode() for key, value in (metadata.metadata or {}).items() if key[:4] == b"r4b."}
     try:
-        numbers = [int(footer[f"r4b.{name}"]) for name in FOOTER_NUMBERS]
-        return ChunkReport(chunk_id, footer["r4b.shard"], metadata.num_rows, *numbers)
+        numbers: Any = {name: int(footer[f"r4b.{name}"]) for name in FOOTER_NUMBERS}
+        return ChunkReport(chunk_id, footer["r4b.shard"], metadata.num_rows, **numbers)
     except KeyError as error:
         raise JobError(f"{url} was not written by this software: its footer lacks {error}.") from error
 

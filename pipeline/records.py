@@ -138,6 +138,7 @@ class GeneratedChunk:
     tasks: tuple[Task, ...]
     results: tuple[Generation | SampleError, ...]
     kept: pa.Table
+    engine_ready_at: float
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ class ChunkReport:
     prompt_tokens: int
     completion_tokens: int
     first_error: str | None = None
+    engine_ready_at: float | None = None
+    """When the engine that made the rows was ready (Unix seconds); None when another writer was first."""
 
 
 @dataclass
@@ -214,18 +217,19 @@ def _valid_text(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def report_of(chunk_id: str, shard: str, table: pa.Table) -> ChunkReport:
-    """The numbers of one part."""
+def report_of(chunk: GeneratedChunk, table: pa.Table) -> ChunkReport:
+    """The numbers of a chunk's part."""
     errors = [error for error in table.column("error_message").to_pylist() if error is not None]
     return ChunkReport(
-        chunk_id=chunk_id,
-        shard=shard,
+        chunk_id=chunk.work.chunk.chunk_id,
+        shard=chunk.work.chunk.shard,
         num_rows=table.num_rows,
         num_errors=len(errors),
         num_thinking=sum(mode == "thinking" for mode in table.column("mode_chosen").to_pylist()),
         prompt_tokens=_sum(table.column("prompt_tokens").to_pylist()),
         completion_tokens=_sum(table.column("completion_tokens").to_pylist()),
         first_error=errors[0] if errors else None,
+        engine_ready_at=chunk.engine_ready_at,
     )
 
 

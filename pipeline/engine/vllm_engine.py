@@ -96,6 +96,11 @@ class VLLMEngine:
     async def generate(self, request: EngineRequest) -> Generation:
         """As the contract says. `latency_s` runs from here, rendering included, to the last token."""
         start = time.monotonic()
+        output, image_tokens = await self.complete(request)
+        return self._to_generation(output, image_tokens, time.monotonic() - start)
+
+    async def complete(self, request: EngineRequest) -> tuple[RequestOutput, int]:
+        """vLLM's own output for a request, with its token ids, and the number of image tokens in its prompt."""
         prompt = await self._render(request)
         params = self._sampling_params(request.sampling, len(prompt["prompt_token_ids"]))
         try:
@@ -105,7 +110,8 @@ class VLLMEngine:
             raise _to_sample_error(error) from error
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineDiedError(f"The engine died: {_one_line(error)}") from error
-        return self._to_generation(final, prompt, request.sampling, time.monotonic() - start)
+        placeholders = prompt.get("mm_placeholders", {}).get("image", ())
+        return final, sum(place.get_num_embeds() for place in placeholders)
 
     async def _render(self, request: EngineRequest) -> Any:
         """The rendered, tokenized prompt with its images (vLLM's EngineInput); raises SampleError."""
@@ -131,9 +137,7 @@ class VLLMEngine:
         values["stop"] = list(sampling.stop)
         return SamplingParams(**values, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=bool(sampling.stop))
 
-    def _to_generation(
-        self, output: RequestOutput, prompt: Mapping[str, Any], sampling: SamplingSpec, latency_s: float
-    ) -> Generation:
+    def _to_generation(self, output: RequestOutput, image_tokens: int, latency_s: float) -> Generation:
         completion = output.outputs[0]
         prompt_ids = output.prompt_token_ids or []
         tail = self._tokenizer.decode(prompt_ids[-TAIL_TOKENS:])
@@ -143,7 +147,6 @@ class VLLMEngine:
         answer = None if thought.answer_ids is None else self._decode(thought.answer_ids)
         if answer is not None and isinstance(completion.stop_reason, str):
             answer = answer.partition(completion.stop_reason)[0].rstrip()
-        placeholders = prompt.get("mm_placeholders", {}).get("image", ())
         return Generation(
             mode_chosen=mode,
             reasoning=reasoning if mode == "thinking" else None,
@@ -151,7 +154,7 @@ class VLLMEngine:
             finish_reason=str(completion.finish_reason),
             thinking_truncated=thought.answer_ids is None,
             prompt_tokens=len(prompt_ids),
-            image_tokens=sum(place.get_num_embeds() for place in placeholders),
+            image_tokens=image_tokens,
             completion_tokens=len(completion.token_ids),
             reasoning_tokens=len(thought.reasoning_ids),
             answer_tokens=len(thought.answer_ids or ()),

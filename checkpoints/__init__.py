@@ -1,0 +1,1 @@
+"""The small checkpoint: what trains it and what measures it."""
