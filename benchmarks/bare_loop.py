@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -27,10 +28,9 @@ from pipeline.spec import JobSpec
 
 def read_rows(job: JobSpec) -> list[tuple[Image.Image, str]]:
     """All rows, decoded beforehand: reading is not part of the baseline's time."""
-    table = pq.read_table(job.input.urls[0], columns=["image", "question"])
-    return [
-        (Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"), row["question"]) for row in table.to_pylist()
-    ]
+    shards = sorted(Path(job.input.urls[0]).glob("*.parquet"))
+    rows = [row for shard in shards for row in pq.ParquetFile(shard).read(["image", "question"]).to_pylist()]
+    return [(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"), row["question"]) for row in rows]
 
 
 async def answer(llm: AsyncLLM, params: SamplingParams, image: Image.Image, question: str) -> str:

@@ -366,7 +366,8 @@ def train(
         )
         optimizer.zero_grad(set_to_none=True)
         # Direct answers are few tokens; divide by rows too, or the long completions would drown them.
-        (loss / (0.5 * num_targets + 6 * len(rows))).backward()  # type: ignore[no-untyped-call]
+        mean = loss / (0.5 * num_targets + 6 * len(rows))
+        mean.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

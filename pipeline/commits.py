@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, SpecError
 from pipeline.plan import part_url
-from pipeline.records import ChunkReport, GeneratedChunk, Retry, report_of, rows_to_table
+from pipeline.records import ChunkReport, GeneratedChunk, Retry, read_part, report_of, rows_to_table
 from pipeline.spec import JobSpec, StorageSpec, fingerprint_of
 from pipeline.storage import absolute_url, join_url, open_store
 
@@ -140,7 +140,7 @@ def _replace_errors(chunk: GeneratedChunk, retry: Retry, redone: pa.Table, outpu
     url = part_url(output.url, chunk.work.chunk.chunk_id)
     store = open_store(url, output.job.storage)
     with store.open(url, retry.part_version) as file:
-        old = pq.read_table(file)
+        old = read_part(file)
     fresh = dict(zip(_keys(redone), range(redone.num_rows), strict=True))
     both = pa.concat_tables([old.replace_schema_metadata(None), redone.cast(old.schema.remove_metadata())])
     order = [
@@ -200,7 +200,7 @@ def read_retry(output: Output, chunk_id: str) -> Retry:
     if info is None:
         raise JobError(f"{url} is gone.")
     with store.open(url, info.version) as file:
-        table = pq.read_table(file, columns=["sample_id", "prompt_id", "error_type"])
+        table = read_part(file, ["sample_id", "prompt_id", "error_type"])
     errors = table.column("error_type").to_pylist()
     return Retry(
         info.version, frozenset(key for key, error in zip(_keys(table), errors, strict=True) if error is not None)
@@ -212,7 +212,7 @@ def count_errors_by_type(output: Output, chunk_ids: Iterable[str]) -> dict[str, 
     counts: dict[str, int] = {}
     for chunk_id in chunk_ids:
         with open_store(output.url, output.job.storage).open(part_url(output.url, chunk_id)) as file:
-            for error in pq.read_table(file, columns=["error_type"]).column(0).to_pylist():
+            for error in read_part(file, ["error_type"]).column(0).to_pylist():
                 if error is not None:
                     counts[error] = counts.get(error, 0) + 1
     return counts

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.records import read_part
 from pipeline.spec import StorageSpec
 from pipeline.storage import absolute_url, join_url, open_store
 
@@ -64,7 +64,7 @@ def read_parts(output_url: str, storage: StorageSpec, columns: list[str] | None 
     for info in store.list(url):
         if info.url.endswith(".parquet"):
             with store.open(info.url) as file:
-                yield pq.read_table(file, columns=columns)
+                yield read_part(file, columns)
 
 
 def make_report(output_url: str, storage: StorageSpec, truth: str | None = None, kind: str | None = None) -> Report:
