@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jobs.spec_file import load_spec
 from pipeline.errors import R4BError, SpecError
 from pipeline.plan import Plan, make_plan
-from pipeline.records import ChunkReport, Manifest
+from pipeline.records import ChunkReport, Manifest, Work
 from pipeline.spec import JobSpec, StorageSpec
 
 set_option = click.option(
@@ -94,15 +94,16 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
     with ExitStack() as stack:
         bar: Any = None
 
-        def on_start(plan: Plan, num_pending: int) -> None:
+        def on_start(plan: Plan, works: list[Work]) -> None:
             nonlocal bar
             rows = plan.num_samples * len(job.prompts)
+            rows_to_do = sum(work.chunk.num_samples for work in works) * len(job.prompts)
             say(
                 f"{job.name}: {plan.num_shards} shards, {plan.num_samples} samples, {rows} rows in "
-                f"{len(plan.chunks)} chunks; {num_pending} chunks to do"
+                f"{len(plan.chunks)} chunks; {len(works)} chunks to do"
             )
             pause = 1 if sys.stderr.isatty() else 15
-            bar = stack.enter_context(tqdm(total=rows, unit="row", file=sys.stderr, mininterval=pause))
+            bar = stack.enter_context(tqdm(total=rows_to_do, unit="row", file=sys.stderr, mininterval=pause))
 
         def on_commit(report: ChunkReport) -> None:
             nonlocal generated

@@ -48,7 +48,7 @@ def run_batch(
     force_new: bool = False,
     retry_errors: bool = False,
     drop_stale: bool = False,
-    on_start: Callable[[Plan, int], None] = lambda plan, num_pending: None,
+    on_start: Callable[[Plan, list[Work]], None] = lambda plan, works: None,
     on_commit: Callable[[ChunkReport], None] = lambda report: None,
 ) -> Manifest:
     """Run a job to its end, or what an earlier run left of it; raises SpecError before, JobError after the start."""
@@ -61,7 +61,7 @@ def run_batch(
     works = [Work(chunk) for chunk in plan.without(committed).chunks]
     if retry_errors:
         works += error_works(output, plan, committed)
-    on_start(plan, len(works))
+    on_start(plan, works)
     if works:
         reopen_output(output)
         watch_errors(run_works(works, output), job.limits.max_error_rate, on_commit)
@@ -145,6 +145,8 @@ def from_batch(batch: pa.Table) -> Any:
 # Together one core, so that a job runs on a machine that has no more. A read must not reserve what a CPU engine
 # does: Ray Data would fuse the two stages, and reading would wait for the engine.
 CPUS_PER_READ, CPUS_PER_COMMIT, CPUS_PER_CPU_ENGINE = 0.5, 0.25, 0.25
+MAX_ENGINE_RESTARTS = 10
+"""Of one replica; then the job fails rather than feed the same poison to engine after engine."""
 
 
 def engine_resources(job: JobSpec) -> dict[str, Any]:
@@ -159,7 +161,12 @@ def engine_resources(job: JobSpec) -> dict[str, Any]:
         # Ray adds an actor when the tasks in flight reach 1.75 times those that run, so as many must wait.
         max_tasks_in_flight_per_actor=2 * chunks,
     )
-    return {"compute": pool, "num_gpus": num_gpus, "num_cpus": 1 if num_gpus else CPUS_PER_CPU_ENGINE}
+    return {
+        "compute": pool,
+        "num_gpus": num_gpus,
+        "num_cpus": 1 if num_gpus else CPUS_PER_CPU_ENGINE,
+        "max_restarts": MAX_ENGINE_RESTARTS,
+    }
 
 
 def chunks_in_flight(max_num_seqs: int, rows_per_chunk: int) -> int:
@@ -232,7 +239,8 @@ def start_ray() -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve an engine
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes to our terminal
-        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"_node_ip_address": "127.0.0.1"}
+        joins = bool(os.environ.get("RAY_ADDRESS"))
+        local: dict[str, Any] = {} if joins else {"address": "local", "_node_ip_address": "127.0.0.1"}
         ray.init(include_dashboard=False if local else None, log_to_driver=False, logging_level=logging.ERROR, **local)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()

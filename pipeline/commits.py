@@ -58,7 +58,7 @@ def claim_output(output: Output, force_new: bool = False) -> None:
         "fingerprint": output.fingerprint_hash,
         "made_with": output.fingerprint,
         "software_version": package_version("r4b"),
-        "spec": output.job.model_dump(mode="json"),
+        "spec": output.job.model_dump(mode="json", exclude_unset=True),
     }
     data = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     try:

@@ -98,13 +98,26 @@ def _list_files(job: JobSpec, url: str, extensions: Set[str]) -> Iterator[Object
 def _cut_parquet(job: JobSpec) -> Iterator[Chunk]:
     rows = job.output.chunk_rows
     shards = (info for url in job.input.urls for info in _list_files(job, url, {".parquet", ".pq"}))
+    first: pa.Schema | None = None
     with ThreadPoolExecutor(16) as pool:
         while batch := list(islice(shards, 256)):  # a bounded number of footers at a time
             footers = pool.map(lambda info: _read_footer(job, info), batch)
             for info, (num_rows, schema) in zip(batch, footers, strict=True):
                 check_columns(job, info.url, schema)
+                first = first or schema
+                _check_kept(job, info.url, schema, first)
                 for start in range(0, num_rows, rows):
                     yield Chunk(info.url, info.version, start, min(start + rows, num_rows))
+
+
+def _check_kept(job: JobSpec, shard: str, schema: pa.Schema, first: pa.Schema) -> None:
+    """Parts must be of one schema, so kept columns must have one type in all shards."""
+    for name in job.output.keep_columns:
+        if schema.field(name).type != first.field(name).type:
+            raise SpecError(
+                f"output.keep_columns: column {name!r} is {first.field(name).type} in the first shard "
+                f"and {schema.field(name).type} in {shard}."
+            )
 
 
 def _read_footer(job: JobSpec, info: ObjectInfo) -> tuple[int, pa.Schema]:

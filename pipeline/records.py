@@ -206,7 +206,7 @@ def _row(shard: str, task: Task, result: Generation | SampleError) -> Mapping[st
     row |= {
         "sample_id": _valid_text(task.sample_id),
         "prompt_id": task.prompt_id,
-        "shard": shard,
+        "shard": _valid_text(shard),
         "mode_requested": task.mode_requested,
     }
     if isinstance(result, SampleError):
@@ -228,7 +228,7 @@ def report_of(chunk: GeneratedChunk, table: pa.Table) -> ChunkReport:
     errors = [error for error in table.column("error_message").to_pylist() if error is not None]
     return ChunkReport(
         chunk_id=chunk.work.chunk.chunk_id,
-        shard=chunk.work.chunk.shard,
+        shard=_valid_text(chunk.work.chunk.shard),
         num_rows=table.num_rows,
         num_errors=len(errors),
         num_thinking=sum(mode == "thinking" for mode in table.column("mode_chosen").to_pylist()),

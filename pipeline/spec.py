@@ -170,6 +170,14 @@ class StorageSpec(_Model):
     endpoint_url: str | None = None
     region: str | None = None
 
+    @pydantic.field_validator("endpoint_url")
+    @classmethod
+    def _no_secret(cls, url: str | None) -> str | None:
+        if url is not None and "@" in url:
+            # The message must not repeat the value: it may hold a password.
+            raise SpecError("storage.endpoint_url: must not hold a user or a password; boto3 finds credentials itself.")
+        return url
+
 
 class JobSpec(_Model):
     """A whole job."""
