@@ -172,6 +172,8 @@ def status(output: str, endpoint_url: str | None, as_json: bool) -> None:
 
     found = read_job_file(absolute_url(output), StorageSpec(endpoint_url=endpoint_url))
     job = parse_spec(found["spec"], f"{output}/_job.json")
+    # The output may have been moved or copied since; OUTPUT is where it is now.
+    job = job.model_copy(update={"output": job.output.model_copy(update={"url": absolute_url(output)})})
     place = Output(job, found["made_with"])
     committed = committed_chunks(place)
     totals = Manifest(job.name, found["fingerprint"], job.engine.model, len(committed))
@@ -214,7 +216,7 @@ def report(output: str, endpoint_url: str | None, truth: str | None, by: str | N
     if as_json:
         click.echo(json.dumps(asdict(made), indent=2))
         return
-    click.echo("\n".join(report_lines(made)))
+    click.echo("\n".join(report_lines(made, with_truth=truth is not None)))
     for name, count in sorted(made.errors_by_type.items()):
         click.echo(f"{count} x {name}")
 

@@ -52,13 +52,16 @@ def scene_rows(first_seed: int, num_rows: int) -> pa.Table:
 
 
 def write_shards(folder: Path, num_rows: int) -> None:
-    """Parquet shards of ROWS_PER_SHARD scenes; a shard that is there already is left alone."""
+    """Parquet shards of up to ROWS_PER_SHARD scenes; a shard that is there already is left alone."""
     store = LocalStore()
-    for first in range(0, num_rows, ROWS_PER_SHARD):
-        rows = min(ROWS_PER_SHARD, num_rows - first)
+    firsts = range(0, num_rows, ROWS_PER_SHARD)
+    shards = {f"scenes-{first:06d}-{min(ROWS_PER_SHARD, num_rows - first)}.parquet": first for first in firsts}
+    if other := {path.name for path in folder.glob("*.parquet")} - set(shards):
+        raise SpecError(f"--output: {folder} holds {min(other)}, of a demo with other --rows; choose another --output.")
+    for name, first in shards.items():
         sink = io.BytesIO()
-        pq.write_table(scene_rows(first, rows), sink)
-        store.put_if_absent(str(folder / f"scenes-{first:06d}-{rows}.parquet"), sink.getvalue())
+        pq.write_table(scene_rows(first, min(ROWS_PER_SHARD, num_rows - first)), sink)
+        store.put_if_absent(str(folder / name), sink.getvalue())
 
 
 def demo_spec(folder: Path) -> JobSpec:
@@ -100,20 +103,20 @@ def show_demo(job: JobSpec, seconds: float, num_generated: int, say: Callable[[s
         say(f"    answer:  {row['answer']}    (truth: {row['truth']})")
 
 
-def report_lines(report: Report) -> list[str]:
-    """Two small tables: by mode, and by kind of question."""
-    head = (
-        f"{'mode':<14}{'rows':>6}{'prompt tok':>12}{'image tok':>11}{'output tok':>12}{'thought tok':>13}{'right':>8}"
-    )
+def report_lines(report: Report, with_truth: bool = True) -> list[str]:
+    """Two small tables: by mode, and by kind of question where the report has kinds."""
+    right = f"{'right':>8}" if with_truth else ""
+    head = f"{'mode':<14}{'rows':>8}{'prompt tok':>12}{'image tok':>11}{'output tok':>12}{'thought tok':>13}{right}"
     lines = [head]
     for name, totals in [*sorted(report.modes.items()), ("all", report.total)]:
-        rate = totals.right / totals.rows if totals.rows else 0.0
+        rate = f"{totals.right / totals.rows:>8.1%}" if with_truth else ""
         lines.append(
-            f"{name:<14}{totals.rows:>6}{totals.prompt_tokens:>12}{totals.image_tokens:>11}"
-            f"{totals.completion_tokens:>12}{totals.reasoning_tokens:>13}{rate:>8.1%}"
+            f"{name:<14}{totals.rows:>8}{totals.prompt_tokens:>12}{totals.image_tokens:>11}"
+            f"{totals.completion_tokens:>12}{totals.reasoning_tokens:>13}{rate}"
         )
-    lines.append("")
-    lines += [f"{kind:<14}{t.rows:>6} rows {t.right / t.rows:>8.1%} right" for kind, t in sorted(report.kinds.items())]
+    if report.kinds:
+        lines.append("")
+    lines += [f"{kind:<14}{t.rows:>8} rows {t.right / t.rows:>8.1%} right" for kind, t in sorted(report.kinds.items())]
     return lines
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from pipeline.engine.models import is_local
 from pipeline.errors import SpecError
 from pipeline.spec import JobSpec, parse_spec
+from pipeline.storage import absolute_url
 
 
 def load_spec(path: str, overrides: Sequence[str] = ()) -> JobSpec:
@@ -18,7 +20,19 @@ def load_spec(path: str, overrides: Sequence[str] = ()) -> JobSpec:
     data = read_yaml(path)
     for override in overrides:
         apply_override(data, override)
-    return parse_spec(data, path)
+    return resolve_paths(parse_spec(data, path))
+
+
+def resolve_paths(job: JobSpec) -> JobSpec:
+    """Local paths made absolute: the job runs in many processes, and is looked at from other folders later."""
+    urls = [absolute_url(url) for url in job.input.urls]
+    changes: dict[str, Any] = {
+        "input": job.input.model_copy(update={"url": urls if isinstance(job.input.url, list) else urls[0]}),
+        "output": job.output.model_copy(update={"url": absolute_url(job.output.url)}),
+    }
+    if job.engine.kind == "vllm" and is_local(job.engine.model):
+        changes["engine"] = job.engine.model_copy(update={"model": absolute_url(job.engine.model)})
+    return job.model_copy(update=changes)
 
 
 def read_yaml(path: str) -> Any:

@@ -5,11 +5,14 @@ splits one. Rows of the output exist only inside the tasks that make them.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
 import pickle
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -36,7 +39,7 @@ from pipeline.engine.models import check_model, identify_model
 from pipeline.errors import EngineDiedError, ErrorRateError, JobError, R4BError, SampleError, SpecError
 from pipeline.plan import Plan, make_plan
 from pipeline.readers import read_chunk
-from pipeline.records import ChunkReport, GeneratedChunk, Generation, Manifest, ReadChunk, Task, Work
+from pipeline.records import ChunkReport, GeneratedChunk, Generation, Manifest, ReadChunk, Task, Work, valid_text
 from pipeline.spec import JobSpec, fingerprint_parts
 
 MIN_ROWS_FOR_ERROR_RATE = 100
@@ -74,7 +77,9 @@ def run_works(works: list[Work], output: Output) -> Iterator[ChunkReport]:
     job = output.job
     dataset = works_to_dataset(works)
     dataset = dataset.map_batches(read_batch, fn_kwargs={"job": job}, num_cpus=CPUS_PER_READ, **WHOLE_BLOCK)
-    dataset = dataset.map_batches(EngineActor, fn_constructor_args=(job,), **engine_resources(job), **WHOLE_BLOCK)
+    with warnings.catch_warnings():  # Ray deprecates `max_restarts` here before it has another place for it
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        dataset = dataset.map_batches(EngineActor, fn_constructor_args=(job,), **engine_resources(job), **WHOLE_BLOCK)
     dataset = dataset.map_batches(commit_batch, fn_kwargs={"output": output}, num_cpus=CPUS_PER_COMMIT, **WHOLE_BLOCK)
     try:
         for row in dataset.iter_rows():
@@ -177,14 +182,16 @@ def chunks_in_flight(max_num_seqs: int, rows_per_chunk: int) -> int:
 def refuse_stale(output: Output, plan: Plan, committed: frozenset[str], drop: bool) -> list[str]:
     """Parts of shards that changed would show their rows twice: raise SpecError, or drop them; others are reported."""
     stale = plan.stale(committed)
+    shards = {valid_text(chunk.shard) for chunk in plan.chunks}
+    changed = [report.chunk_id for report in read_reports(output, stale) if report.shard in shards]
     if drop:
-        drop_parts(output, stale)
-        return []
-    shards = {chunk.shard for chunk in plan.chunks}
-    if changed := [report.chunk_id for report in read_reports(output, stale) if report.shard in shards]:
+        drop_parts(output, changed)
+        return sorted(set(stale) - set(changed))
+    if changed:
         raise SpecError(
-            f"output.url: {len(changed)} parts, {changed[0]}.parquet among them, come from shards that changed since; "
-            "their rows would stand twice. Remove these parts with --drop-stale, or choose another output.url."
+            f"output.url: {len(changed)} parts, {changed[0]}.parquet among them, come from shards that changed since, "
+            "or were made with another input.limit; their rows would stand twice. "
+            "Remove these parts with --drop-stale, or choose another output.url."
         )
     return stale
 
@@ -241,11 +248,28 @@ def start_ray() -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes to our terminal
         joins = bool(os.environ.get("RAY_ADDRESS"))
         local: dict[str, Any] = {} if joins else {"address": "local", "_node_ip_address": "127.0.0.1"}
-        ray.init(include_dashboard=False if local else None, log_to_driver=False, logging_level=logging.ERROR, **local)
+        with silent_stderr():
+            ray.init(
+                include_dashboard=False if local else None, log_to_driver=False, logging_level=logging.ERROR, **local
+            )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # waiting for GPUs to arrive is no failure
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Send the file descriptor itself to nowhere: Ray's C++ core greets every start there; errors are raised anyway."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def find_cause(error: BaseException) -> BaseException:

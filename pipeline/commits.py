@@ -141,21 +141,15 @@ def _replace_errors(chunk: GeneratedChunk, retry: Retry, redone: pa.Table, outpu
     store = open_store(url, output.job.storage)
     with store.open(url, retry.part_version) as file:
         old = read_part(file)
-    fresh = dict(zip(_keys(redone), range(redone.num_rows), strict=True))
     both = pa.concat_tables([old.replace_schema_metadata(None), redone.cast(old.schema.remove_metadata())])
-    order = [
-        old.num_rows + fresh[key] if key in retry.keys and key in fresh else index
-        for index, key in enumerate(_keys(old))
-    ]
+    order = list(range(old.num_rows))
+    for index, row in enumerate(sorted(retry.rows)):
+        order[row] = old.num_rows + index
     table = both.take(pa.array(order, pa.int64()))
     report = report_of(chunk, table)
     if store.replace(url, _to_parquet(table, report, output), retry.part_version):
         return report
     return read_report(output, report.chunk_id)
-
-
-def _keys(table: pa.Table) -> list[tuple[str, str]]:
-    return list(zip(table.column("sample_id").to_pylist(), table.column("prompt_id").to_pylist(), strict=True))
 
 
 def _to_parquet(table: pa.Table, report: ChunkReport, output: Output) -> bytes:
@@ -200,11 +194,8 @@ def read_retry(output: Output, chunk_id: str) -> Retry:
     if info is None:
         raise JobError(f"{url} is gone.")
     with store.open(url, info.version) as file:
-        table = read_part(file, ["sample_id", "prompt_id", "error_type"])
-    errors = table.column("error_type").to_pylist()
-    return Retry(
-        info.version, frozenset(key for key, error in zip(_keys(table), errors, strict=True) if error is not None)
-    )
+        errors = read_part(file, ["error_type"]).column(0).to_pylist()
+    return Retry(info.version, frozenset(row for row, error in enumerate(errors) if error is not None))
 
 
 def count_errors_by_type(output: Output, chunk_ids: Iterable[str]) -> dict[str, int]:

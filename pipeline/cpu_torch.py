@@ -9,6 +9,7 @@ the audio packages are made to look absent.
 Torch calls `adapt` through the entry point group `torch.backends` (pyproject.toml) at the end of every
 `import torch`, hence in each process that vLLM or Ray starts. It does nothing when torch has CUDA; a package that is
 absent or a CPU build, which works as it is, is left alone.
+Not covered: a process that imports transformers before torch, which vLLM never does; import torch first.
 """
 
 import importlib.util

@@ -17,8 +17,16 @@ import jinja2.sandbox
 from pipeline.errors import SampleError
 from pipeline.records import ThinkingMode
 
+
+def _refuse_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a column that it prints is null")
+    return value
+
+
+# A template may test for null; printing it would ask the model about "None".
 _environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null
 )
 THINKING_MODES: tuple[str, ...] = get_args(ThinkingMode)
 

@@ -8,6 +8,7 @@ Not covered: generation.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import JobError, SampleError, ShardChangedError, StorageError
 from pipeline.images import decode_image
 from pipeline.plan import input_columns
-from pipeline.prompts import render_prompt
+from pipeline.prompts import THINKING_MODES, render_prompt
 from pipeline.records import Chunk, DecodedImage, ReadChunk, Task, Work
 from pipeline.spec import JobSpec, PromptSpec
 from pipeline.storage import absolute_url, join_url, open_store
@@ -34,17 +35,21 @@ class _Sample:
 def read_chunk(work: Work, job: JobSpec) -> ReadChunk:
     """Read a chunk's samples and make a task of each (sample, prompt); raises JobError if the shard is unusable."""
     samples, kept = (_read_folder if work.chunk.members else _read_parquet)(work.chunk, job)
+    asked = [_prompts_for(index, work, job) for index in range(len(samples))]
     with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
-        tasks_of_samples = list(pool.map(lambda sample: _make_tasks(sample, work, job), samples))
+        tasks_of_samples = list(pool.map(_make_tasks, samples, asked, repeat(job)))
     origins = [index for index, tasks in enumerate(tasks_of_samples) for _ in tasks]
     tasks = tuple(task for tasks in tasks_of_samples for task in tasks)
     return ReadChunk(work, tasks, kept.take(pa.array(origins, pa.int64())))
 
 
-def _make_tasks(sample: _Sample, work: Work, job: JobSpec) -> list[Task]:
-    prompts: Sequence[PromptSpec] = job.prompts
-    if work.retry is not None:
-        prompts = [prompt for prompt in prompts if (sample.sample_id, prompt.id) in work.retry.keys]
+def _prompts_for(sample: int, work: Work, job: JobSpec) -> list[PromptSpec]:
+    """All prompts, or those whose rows are to be redone; a chunk's rows are its samples times its prompts."""
+    first_row = sample * len(job.prompts)
+    return [prompt for row, prompt in enumerate(job.prompts, first_row) if work.retry is None or row in work.retry.rows]
+
+
+def _make_tasks(sample: _Sample, prompts: Sequence[PromptSpec], job: JobSpec) -> list[Task]:
     if not prompts:
         return []
     image = _load_image(sample, job)
@@ -62,7 +67,8 @@ def _make_task(sample: _Sample, prompt: PromptSpec, image: DecodedImage | Sample
     try:
         rendered = render_prompt(prompt.template, prompt.system, prompt.thinking_mode, sample.columns)
     except SampleError as error:
-        return Task(sample.sample_id, prompt.id, prompt.thinking_mode, error=error)
+        plain = prompt.thinking_mode in THINKING_MODES
+        return Task(sample.sample_id, prompt.id, prompt.thinking_mode if plain else "auto", error=error)
     if isinstance(image, SampleError):
         return Task(sample.sample_id, prompt.id, rendered.thinking_mode, error=image)
     return Task(sample.sample_id, prompt.id, rendered.thinking_mode, (image,), rendered.text, rendered.system)
@@ -124,8 +130,9 @@ def _image_fetcher(images: pa.ChunkedArray, index: int, chunk: Chunk, job: JobSp
 
 def _fetch_path(path: str, chunk: Chunk, job: JobSpec) -> bytes:
     """A struct without bytes names its image by a path, relative to the shard (Hugging Face datasets)."""
-    url = path if "://" in path else absolute_url(join_url(chunk.shard.rpartition("/")[0], path))
-    return _fetch_file(url, None, job)
+    if "://" in path or path.startswith("/") or ".." in path.split("/"):
+        raise SampleError("image_path_refused", f"The image path {path!r} is not a path below the shard's folder.")
+    return _fetch_file(absolute_url(join_url(chunk.shard.rpartition("/")[0], path)), None, job)
 
 
 def _fetch_file(url: str, version: str | None, job: JobSpec) -> bytes:

@@ -69,10 +69,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Retry:
-    """Do again only these (sample_id, prompt_id) of a committed part, and replace that very part."""
+    """Do again only these rows of a committed part, and replace that very part.
+
+    Rows are meant by position, which a chunk fixes, not by id, which a dataset may repeat.
+    """
 
     part_version: str
-    keys: frozenset[tuple[str, str]]
+    rows: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -204,21 +207,21 @@ def rows_to_table(chunk: GeneratedChunk) -> pa.Table:
 def _row(shard: str, task: Task, result: Generation | SampleError) -> Mapping[str, Any]:
     row: dict[str, Any] = dict.fromkeys(OUTPUT_SCHEMA.names)
     row |= {
-        "sample_id": _valid_text(task.sample_id),
+        "sample_id": valid_text(task.sample_id),
         "prompt_id": task.prompt_id,
-        "shard": _valid_text(shard),
+        "shard": valid_text(shard),
         "mode_requested": task.mode_requested,
     }
     if isinstance(result, SampleError):
-        row |= {"error_type": result.error_type, "error_message": _valid_text(result.message)}
+        row |= {"error_type": result.error_type, "error_message": valid_text(result.message)}
         return row
     row |= asdict(result)
-    row["reasoning"] = None if result.reasoning is None else _valid_text(result.reasoning)
-    row["answer"] = None if result.answer is None else _valid_text(result.answer)
+    row["reasoning"] = None if result.reasoning is None else valid_text(result.reasoning)
+    row["answer"] = None if result.answer is None else valid_text(result.answer)
     return row
 
 
-def _valid_text(text: str) -> str:
+def valid_text(text: str) -> str:
     """Arrow strings are UTF-8: a lone surrogate (undecodable file names have them) is written as `?`."""
     return text.encode("utf-8", "replace").decode()
 
@@ -228,7 +231,7 @@ def report_of(chunk: GeneratedChunk, table: pa.Table) -> ChunkReport:
     errors = [error for error in table.column("error_message").to_pylist() if error is not None]
     return ChunkReport(
         chunk_id=chunk.work.chunk.chunk_id,
-        shard=_valid_text(chunk.work.chunk.shard),
+        shard=valid_text(chunk.work.chunk.shard),
         num_rows=table.num_rows,
         num_errors=len(errors),
         num_thinking=sum(mode == "thinking" for mode in table.column("mode_chosen").to_pylist()),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from pipeline.errors import SpecError
 from pipeline.records import read_part
 from pipeline.spec import StorageSpec
 from pipeline.storage import absolute_url, join_url, open_store
@@ -72,6 +73,8 @@ def make_report(output_url: str, storage: StorageSpec, truth: str | None = None,
     report = Report()
     columns = [*REPORT_COLUMNS, *(name for name in (truth, kind) if name is not None)]
     for table in read_parts(output_url, storage, columns):
+        if missing := [name for name in columns if name not in table.column_names]:
+            raise SpecError(f"{output_url}: its parts have no column {missing[0]!r}; is it in output.keep_columns?")
         report.num_parts += 1
         for row in table.to_pylist():
             if row["error_type"] is not None:
@@ -80,6 +83,8 @@ def make_report(output_url: str, storage: StorageSpec, truth: str | None = None,
             _count(report.modes.setdefault(row["mode_chosen"] or "error", ModeTotals()), row, right)
             if kind is not None:
                 _count(report.kinds.setdefault(str(row[kind]), ModeTotals()), row, right)
+    if report.num_parts == 0:
+        raise SpecError(f"{output_url} holds no parts (data/*.parquet).")
     return report
 
 

@@ -29,6 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from pipeline.engine.contract import MAX_IMAGES, EngineRequest
+from pipeline.engine.tiling import Tiling
 from pipeline.errors import EngineDiedError, JobError, SampleError
 from pipeline.records import DecodedImage, Generation
 from pipeline.spec import EngineSpec, SamplingSpec
@@ -74,6 +75,7 @@ class VLLMEngine:
         self._tokenizer: Any = copy.deepcopy(llm.renderer.get_tokenizer())
         self._tags = self._find_tags()
         self._max_model_len = llm.model_config.max_model_len
+        self._tiling = _find_tiling(llm.model_config.hf_config)
 
     @classmethod
     async def start(cls, spec: EngineSpec) -> "VLLMEngine":
@@ -116,7 +118,7 @@ class VLLMEngine:
     async def _render(self, request: EngineRequest) -> Any:
         """The rendered, tokenized prompt with its images (vLLM's EngineInput); raises SampleError."""
         params = ChatParams(chat_template_kwargs=self._template_kwargs(request))
-        messages: Any = _place_images(request)
+        messages: Any = _place_images(request, self._tiling)
         try:
             _, (prompt,) = await self.llm.renderer.render_chat_async([messages], params)
         except (VLLMClientError, ValueError, TypeError) as error:
@@ -169,25 +171,33 @@ class VLLMEngine:
         self.llm.shutdown()
 
 
-def _place_images(request: EngineRequest) -> list[dict[str, Any]]:
+def _find_tiling(config: Any) -> Tiling | None:
+    if "RForConditionalGeneration" not in (config.architectures or ()):
+        return None
+    return Tiling(config.image_grid_pinpoints, config.vision_config.image_size, config.vision_config.patch_size)
+
+
+def _place_images(request: EngineRequest, tiling: Tiling | None) -> list[dict[str, Any]]:
     """The messages with each `{"type": "image"}` part replaced by the next image."""
     images = iter(request.images)
     messages = []
     for message in request.messages:
         content = message["content"]
         if not isinstance(content, str):
-            content = [_place(part, images) for part in content]
+            content = [_place(part, images, tiling) for part in content]
         messages.append({**message, "content": content})
     return messages
 
 
-def _place(part: Mapping[str, Any], images: Any) -> Mapping[str, Any]:
+def _place(part: Mapping[str, Any], images: Any, tiling: Tiling | None) -> Mapping[str, Any]:
     if part["type"] != "image":
         return part
     image: DecodedImage | None = next(images, None)
     if image is None:
         raise SampleError("request_invalid", "The messages name more images than the request holds.")
-    return {"type": "image_pil", "image_pil": Image.frombytes("RGB", (image.width, image.height), image.pixels)}
+    picture = Image.frombytes("RGB", (image.width, image.height), image.pixels)
+    size = picture.size if tiling is None else tiling.fit(*picture.size)
+    return {"type": "image_pil", "image_pil": picture if size == picture.size else picture.resize(size)}
 
 
 def _to_sample_error(error: Exception) -> SampleError:
