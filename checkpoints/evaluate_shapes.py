@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from checkpoints.train_shapes import build_model, build_processor, build_tokenizer, load_weights, speak_greedily
+from checkpoints.train_shapes import build_model, build_processor, load_tokenizer, load_weights, speak_greedily
 from jobs.demo import CPU_ENGINE_ARGS
 from pipeline.engine.contract import EngineRequest
 from pipeline.engine.vllm_engine import VLLMEngine
@@ -61,7 +61,7 @@ def as_trained(question: Question, generation: Generation) -> bool:
 
 async def count_equal_prompts(engine: VLLMEngine, checkpoint: Path, seeds: Sequence[int]) -> int:
     """On how many prompts (kinds and modes in turn) vLLM gives the very tokens of the training code."""
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer(checkpoint)
     model, processor = build_model(tokenizer).eval(), build_processor(tokenizer)
     load_weights(model, checkpoint)
     equal = 0

@@ -53,6 +53,8 @@ MAX_TILES = 9
 """vLLM counts image tokens without the anyres_max_9 shrinking that the model does: no grid may exceed nine tiles."""
 PINPOINTS = [[TILE * h, TILE * w] for h in range(1, 7) for w in range(1, 7) if h * w <= MAX_TILES]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+DIRECT_WEIGHT = 10.0
+"""How much a token of a direct answer counts against one of a thought or a caption."""
 THOUGHT_TAGS = ["<think>", "</think>"]
 
 
@@ -99,6 +101,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=(HERE / "r4b-shapes" / "chat_template.jinja").read_text(),
     )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a trained checkpoint: its vocabulary came from the scenes' text as it was then."""
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _tokenizer_corpus() -> Iterator[str]:
@@ -211,7 +218,7 @@ class Batches:
         num_tokens = self.processor._get_number_of_features(size[1], size[0], TILE, TILE)
         rows = []
         for index, scene in enumerate(scenes):
-            for kind in (*KINDS, self.rng.choice(("count_color", "compare"))):
+            for kind in (*KINDS, "color", "color", "color"):
                 question = ask(scene, kind, variant=self.rng.randrange(1_000_000))
                 rows.append(self._row(index, question, num_tokens))
         return dict(pixels), rows
@@ -287,7 +294,7 @@ def pretrain_vision(model: LlavaOnevisionForConditionalGeneration, processor: Ll
         logits = probe(features).flatten(0, 1)
         loss = nn.functional.cross_entropy(logits, labels.flatten())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
@@ -330,7 +337,7 @@ def train(
     resume: Path | None,
 ) -> None:
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer() if resume is None else load_tokenizer(resume)
     model, processor = build_model(tokenizer), build_processor(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     if resume is not None:
@@ -355,18 +362,22 @@ def train(
     start, running = time.monotonic(), 0.0
     for step in range(1, steps + 1):
         pixels, rows = batches.next()
-        num_targets = sum(len(row.completion_ids) for row in rows)
         # Long and short completions in separate passes: half of the work would be padding otherwise.
         brief = [row for row in rows if len(row.completion_ids) <= 12]
         wordy = [row for row in rows if len(row.completion_ids) > 12]
+        num_targets = sum(len(row.completion_ids) for row in wordy) + DIRECT_WEIGHT * len(brief)
         features = torch.stack(list(model.model.get_image_features(**pixels, return_dict=True).pooler_output))
+        # A direct answer is a token or two, a thought a hundred: unweighted, answers from one look are never learned.
         loss = sum(
-            (batch_loss(model, part, features, tokenizer.pad_token_id) for part in (brief, wordy) if part),
+            (
+                weight * batch_loss(model, part, features, tokenizer.pad_token_id)
+                for weight, part in ((DIRECT_WEIGHT, brief), (1.0, wordy))
+                if part
+            ),
             start=torch.zeros(()),
         )
         optimizer.zero_grad(set_to_none=True)
-        # Direct answers are few tokens; divide by rows too, or the long completions would drown them.
-        mean = loss / (0.5 * num_targets + 6 * len(rows))
+        mean = loss / num_targets
         mean.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -429,7 +440,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5500, help="optimizer steps (default 5500)")
     parser.add_argument("--vision-steps", type=int, default=600, help="steps of the vision stage (default 600)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes-per-step", type=int, default=8, help="each gives six questions (default 8)")
+    parser.add_argument("--scenes-per-step", type=int, default=8, help="each gives eight questions (default 8)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     parser.add_argument("--resume", type=Path, default=None, help="start from this checkpoint's weights")
     args = parser.parse_args()

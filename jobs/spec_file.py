@@ -38,15 +38,26 @@ def resolve_paths(job: JobSpec) -> JobSpec:
 def read_yaml(path: str) -> Any:
     """The file's content; raises SpecError that names the line."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise SpecError(f"{path}: the job spec cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: the job spec is not UTF-8 text.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise SpecError(f"{path}: not valid YAML: {getattr(error, 'problem', error)}{where}.") from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys; a spec that says a thing twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key, (place, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", place.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def apply_override(data: Any, override: str) -> None:
@@ -56,7 +67,7 @@ def apply_override(data: Any, override: str) -> None:
         raise SpecError(f"--set {override}: write it as key=value, such as engine.max_num_seqs=128.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SpecError(f"--set {override}: the value is not valid YAML.") from error
     *path, last = key.split(".")
     place = data
@@ -66,7 +77,7 @@ def apply_override(data: Any, override: str) -> None:
 
 
 def _step_into(place: Any, name: str, override: str) -> Any:
-    if isinstance(place, list) and name.isdigit() and int(name) < len(place):
+    if isinstance(place, list) and name.isascii() and name.isdigit() and int(name) < len(place):
         return place[int(name)]
     if isinstance(place, dict):
         return place.setdefault(name, {})
@@ -76,7 +87,7 @@ def _step_into(place: Any, name: str, override: str) -> Any:
 def _assign(place: Any, name: str, value: Any, override: str) -> None:
     if isinstance(place, dict):
         place[name] = value
-    elif isinstance(place, list) and name.isdigit() and int(name) < len(place):
+    elif isinstance(place, list) and name.isascii() and name.isdigit() and int(name) < len(place):
         place[int(name)] = value
     else:
         raise SpecError(f"--set {override}: there is no key {name!r} there.")

@@ -10,6 +10,7 @@ Not covered: generation, and removing parts of shards that changed.
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, SpecError
+from pipeline.errors import JobError, ShardChangedError, SpecError
 from pipeline.plan import part_url
 from pipeline.records import ChunkReport, GeneratedChunk, Retry, read_part, report_of, rows_to_table
 from pipeline.spec import JobSpec, StorageSpec, fingerprint_of
 from pipeline.storage import absolute_url, join_url, open_store
 
 READS_AT_ONCE = 16
+PART_NAME = re.compile(r"([0-9a-f]{32})\.parquet")
 FOOTER_NUMBERS = ("num_errors", "num_thinking", "prompt_tokens", "completion_tokens")
 JOB_FILE, MANIFEST_FILE, SUCCESS_FILE = "_job.json", "_manifest.json", "_SUCCESS"
 
@@ -119,7 +121,7 @@ def committed_chunks(output: Output) -> frozenset[str]:
     """The ids of all committed chunks: one listing."""
     store = open_store(output.url, output.job.storage)
     names = (info.url.rpartition("/")[2] for info in store.list(join_url(output.url, "data") + "/"))
-    return frozenset(name.removesuffix(".parquet") for name in names if name.endswith(".parquet") and name[0] != ".")
+    return frozenset(match[1] for name in names if (match := PART_NAME.fullmatch(name)))
 
 
 def commit_chunk(chunk: GeneratedChunk, output: Output) -> ChunkReport:
@@ -139,8 +141,11 @@ def _replace_errors(chunk: GeneratedChunk, retry: Retry, redone: pa.Table, outpu
     """Put the redone rows in the place of the error rows, in a part that is still the one that was read."""
     url = part_url(output.url, chunk.work.chunk.chunk_id)
     store = open_store(url, output.job.storage)
-    with store.open(url, retry.part_version) as file:
-        old = read_part(file)
+    try:
+        with store.open(url, retry.part_version) as file:
+            old = read_part(file)
+    except ShardChangedError:  # another driver, or this task before Ray ran it again, has replaced it
+        return read_report(output, chunk.work.chunk.chunk_id)
     both = pa.concat_tables([old.replace_schema_metadata(None), redone.cast(old.schema.remove_metadata())])
     order = list(range(old.num_rows))
     for index, row in enumerate(sorted(retry.rows)):
@@ -170,8 +175,11 @@ def _to_parquet(table: pa.Table, report: ChunkReport, output: Output) -> bytes:
 def read_report(output: Output, chunk_id: str) -> ChunkReport:
     """The numbers of a committed part, from its footer alone."""
     url = part_url(output.url, chunk_id)
-    with open_store(url, output.job.storage).open(url) as file:
-        metadata = pq.ParquetFile(file).metadata
+    try:
+        with open_store(url, output.job.storage).open(url) as file:
+            metadata = pq.ParquetFile(file).metadata
+    except pa.ArrowException as error:
+        raise JobError(f"{url} is not a readable Parquet file: {error}") from error
     footer = {key.decode(): value.decode() for key, value in (metadata.metadata or {}).items() if key[:4] == b"r4b."}
     try:
         numbers: Any = {name: int(footer[f"r4b.{name}"]) for name in FOOTER_NUMBERS}

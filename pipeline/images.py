@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layered).convert("RGB")
     if image.mode.startswith(("I", "F")):
-        return _deep_to_gray(np.asarray(image).astype(np.float64)).convert("RGB")
+        return _deep_to_gray(np.asarray(image)).convert("RGB")
     return image.convert("RGB")
 
 
@@ -82,10 +82,11 @@ def _has_transparent_color(image: Image.Image) -> bool:
 
 def _deep_to_gray(values: np.ndarray) -> Image.Image:
     """Gray levels of more than 8 bits, [height, width], to 8 bits; floats count as 0..1 if none is larger."""
-    values = np.nan_to_num(values)
-    top = float(values.max(initial=0.0))
-    scale = 1.0 if top <= 1.0 else 65535.0 if top <= 65535.0 else top
-    return Image.fromarray(np.clip(values / scale * 255.0 + 0.5, 0, 255).astype(np.uint8))
+    levels = np.nan_to_num(values.astype(np.float64))
+    top = float(levels.max(initial=0.0))
+    whole = np.issubdtype(values.dtype, np.integer)
+    scale = 1.0 if top <= 1.0 and not whole else 65535.0 if top <= 65535.0 else top
+    return Image.fromarray(np.clip(levels / scale * 255.0 + 0.5, 0, 255).astype(np.uint8))
 
 
 def _first_bytes(data: bytes) -> str:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from pipeline.errors import JobError, SpecError
 from pipeline.images import EXTENSIONS
 from pipeline.records import Chunk
 from pipeline.spec import JobSpec
-from pipeline.storage import ObjectInfo, absolute_url, is_glob, join_url, open_store
+from pipeline.storage import ObjectInfo, absolute_url, glob_root, glob_to_regex, is_glob, join_url, open_store
 
 FOLDER_COLUMNS = ("id", "path")
 """Columns that the files of a folder have."""
@@ -68,8 +68,11 @@ def make_plan(job: JobSpec) -> Plan:
 
 
 def _check_apart(input_url: str, output_url: str) -> None:
-    if (output_url.rstrip("/") + "/").startswith(input_url.rstrip("/") + "/"):
-        raise SpecError(f"output.url: {output_url} lies inside input.url, so the parts would be read as input.")
+    part = part_url(output_url, "part")
+    if part.startswith(input_url.rstrip("/") + "/") or (
+        is_glob(input_url) and glob_to_regex(input_url).fullmatch(part)
+    ):
+        raise SpecError(f"output.url: parts of {output_url} would lie inside input.url, and be read as input.")
 
 
 def _shorten(chunk: Chunk, num_samples: int) -> Chunk:
@@ -78,13 +81,24 @@ def _shorten(chunk: Chunk, num_samples: int) -> Chunk:
     return replace(chunk, stop=chunk.start + num_samples, members=chunk.members[:num_samples])
 
 
+def _list_all(job: JobSpec, extensions: Set[str]) -> Iterator[tuple[str, ObjectInfo]]:
+    """(folder of the input URL, file) of all files, each once, however many of the URLs reach it."""
+    seen: set[str] = set()
+    for url in job.input.urls:
+        for info in _list_files(job, url, extensions):
+            if info.url not in seen:
+                seen.add(info.url)
+                yield glob_root(absolute_url(url)), info
+
+
 def _list_files(job: JobSpec, url: str, extensions: Set[str]) -> Iterator[ObjectInfo]:
     """The shards or images at `url`. A name given in full or by glob is taken as it is; a folder is filtered."""
     found = False
     try:
         for info in open_store(url, job.storage).list(absolute_url(url)):
             name = PurePosixPath(info.url)
-            named = is_glob(url) or info.url == absolute_url(url)
+            below = info.url.startswith(absolute_url(url).rstrip("/") + "/")
+            named = info.url == absolute_url(url) or (is_glob(url) and not below)
             if named or (name.suffix.lower() in extensions and not name.name.startswith((".", "_"))):
                 found = True
                 yield info
@@ -97,7 +111,7 @@ def _list_files(job: JobSpec, url: str, extensions: Set[str]) -> Iterator[Object
 
 def _cut_parquet(job: JobSpec) -> Iterator[Chunk]:
     rows = job.output.chunk_rows
-    shards = (info for url in job.input.urls for info in _list_files(job, url, {".parquet", ".pq"}))
+    shards = (info for _, info in _list_all(job, {".parquet", ".pq"}))
     first: pa.Schema | None = None
     with ThreadPoolExecutor(16) as pool:
         while batch := list(islice(shards, 256)):  # a bounded number of footers at a time
@@ -159,8 +173,8 @@ def _cut_folder(job: JobSpec) -> Iterator[Chunk]:
     ):
         if unknown := sorted(names - set(FOLDER_COLUMNS)):
             raise SpecError(f"{key}: a folder of images has no column {unknown[0]!r}; it has id and path.")
-    for url in job.input.urls:
-        yield from _group_files(absolute_url(url), _list_files(job, url, EXTENSIONS), job.output.chunk_rows)
+    for folder, files in groupby(_list_all(job, EXTENSIONS), key=lambda pair: pair[0]):
+        yield from _group_files(folder, (info for _, info in files), job.output.chunk_rows)
 
 
 def _group_files(folder: str, files: Iterator[ObjectInfo], chunk_rows: int) -> Iterator[Chunk]:

@@ -58,7 +58,7 @@ def render_prompt(template: str, system: str | None, thinking_mode: str, columns
         text = parse_template(template).render(columns)
         system_text = None if system is None else parse_template(system).render(columns)
     except Exception as error:  # a template is the user's program: any exception can come out of it
-        message = " ".join(str(error).split())[:300]
+        message = " ".join(str(error).split())[:300].rstrip(".")
         raise SampleError("prompt_failed", f"The prompt does not render: {message or type(error).__name__}.") from error
     if mode not in THINKING_MODES:
         raise SampleError("thinking_mode_invalid", f"thinking_mode is {mode!r}; it must be auto, long or short.")

@@ -18,7 +18,7 @@ from pipeline.errors import JobError, SampleError, ShardChangedError, StorageErr
 from pipeline.images import decode_image
 from pipeline.plan import input_columns
 from pipeline.prompts import THINKING_MODES, render_prompt
-from pipeline.records import Chunk, DecodedImage, ReadChunk, Task, Work
+from pipeline.records import Chunk, DecodedImage, ReadChunk, Task, Work, valid_text
 from pipeline.spec import JobSpec, PromptSpec
 from pipeline.storage import absolute_url, join_url, open_store
 
@@ -78,7 +78,8 @@ def _read_parquet(chunk: Chunk, job: JobSpec) -> tuple[list[_Sample], pa.Table]:
     table = _read_rows(chunk, job)
     columns = job.input.columns
     ids = table.column(columns.id).to_pylist() if columns.id in table.column_names else [None] * table.num_rows
-    sample_ids = [f"{chunk.shard}#{chunk.start + n}" if value is None else str(value) for n, value in enumerate(ids)]
+    shard = valid_text(chunk.shard)
+    sample_ids = [f"{shard}#{chunk.start + n}" if value is None else str(value) for n, value in enumerate(ids)]
     names = sorted(frozenset().union(*(prompt.columns for prompt in job.prompts)))
     rows = table.select(names).to_pylist() if names else [{}] * table.num_rows
     images = table.column(columns.image)
@@ -155,7 +156,7 @@ def _read_folder(chunk: Chunk, job: JobSpec) -> tuple[list[_Sample], pa.Table]:
 def _folder_samples(chunk: Chunk, job: JobSpec) -> Iterator[_Sample]:
     for url, version in chunk.members:
         path = url.removeprefix(chunk.shard.rstrip("/") + "/") if url != chunk.shard else url.rpartition("/")[2]
-        text = path.encode("utf-8", "replace").decode()  # a file name need not be UTF-8
+        text = valid_text(path)  # a file name need not be UTF-8
         yield _Sample(text, {"id": text, "path": text}, lambda url=url, version=version: _fetch_file(url, version, job))  # type: ignore[misc]
 
 

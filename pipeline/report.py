@@ -79,7 +79,7 @@ def make_report(output_url: str, storage: StorageSpec, truth: str | None = None,
         for row in table.to_pylist():
             if row["error_type"] is not None:
                 report.errors_by_type[row["error_type"]] += 1
-            right = truth is not None and row["answer"] is not None and row["answer"] == row[truth]
+            right = truth is not None and row["answer"] is not None and row["answer"] == str(row[truth])
             _count(report.modes.setdefault(row["mode_chosen"] or "error", ModeTotals()), row, right)
             if kind is not None:
                 _count(report.kinds.setdefault(str(row[kind]), ModeTotals()), row, right)

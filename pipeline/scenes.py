@@ -167,14 +167,13 @@ def _list_rows(scene: Scene, counted: Sequence[str] = (), together: bool = False
 
 
 def _name_one_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A shape that can be named without doubt, and its colour."""
-    names = {"first shape": scene.items[0].color, "last shape": scene.items[-1].color}
-    for shape in SHAPES:
-        colors = {item.color for item in scene.items if item.shape == shape}
-        if len(colors) == 1:
-            names[shape] = colors.pop()
-    name = rng.choice(sorted(names))
-    return name, names[name]
+    """A kind of shape whose pieces share one colour, and that colour; where there is none, the first shape."""
+    colors = {shape: {item.color for item in scene.items if item.shape == shape} for shape in SHAPES}
+    clear = [shape for shape in SHAPES if len(colors[shape]) == 1]
+    if not clear:
+        return "first shape", scene.items[0].color
+    shape = rng.choice(clear)
+    return shape, colors[shape].pop()
 
 
 def _pick_rivals(scene: Scene, present: Sequence[str], rng: random.Random) -> tuple[str, str]:

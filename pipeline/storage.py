@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import boto3
 import botocore.config
@@ -113,7 +113,8 @@ class LocalStore:
             if entry.is_dir():
                 yield from self._walk(entry.path)
             elif entry.is_file():
-                yield self._info(entry.path)
+                with contextlib.suppress(FileNotFoundError):  # it may vanish while we list
+                    yield self._info(entry.path)
 
     def _info(self, path: str) -> ObjectInfo:
         status = os.stat(path)
@@ -124,8 +125,12 @@ class LocalStore:
             if version is not None and self._info(absolute_url(url)).version != version:
                 raise ShardChangedError(f"{url} changed after the job was planned; run the job again to plan it anew.")
             return open(absolute_url(url), "rb")
-        except FileNotFoundError as error:
-            raise ShardChangedError(f"{url} is gone.") from error
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+            ValueError,
+        ) as error:  # ValueError: no file has a null in its name
+            raise ShardChangedError(f"{url!r} is not there." if "\0" in url else f"{url} is gone.") from error
         except OSError as error:
             raise StorageError(f"{url} cannot be read: {error.strerror}.") from error
 
@@ -221,7 +226,7 @@ class S3Store:
 
     def list(self, url: str) -> Iterator[ObjectInfo]:
         bucket, key = split_s3(url)
-        if not is_glob(url) and key and not key.endswith("/") and (one := self.stat(url)) is not None:
+        if key and not key.endswith("/") and (one := self.stat(url)) is not None:
             yield one
             return
         prefix = key[: min(key.index(char) for char in "*?[" if char in key)] if is_glob(url) else key
@@ -241,11 +246,10 @@ class S3Store:
             raise ShardChangedError(f"{url} is gone.")
         if version is not None and info.version != version:
             raise ShardChangedError(f"{url} changed after the job was planned; run the job again to plan it anew.")
-        return io.BufferedReader(_S3Reader(self.client, info), buffer_size=1 << 16)
+        return cast(BinaryIO, _S3Reader(self.client, info))
 
     def read(self, url: str, version: str | None = None) -> bytes:
-        with self.open(url, version) as file:
-            return file.read()
+        return self.open(url, version).read()
 
     def stat(self, url: str) -> ObjectInfo | None:
         bucket, key = split_s3(url)
@@ -259,21 +263,23 @@ class S3Store:
         return ObjectInfo(url, head["ETag"].strip('"'), head["ContentLength"])
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
-        return self._put(url, data, IfNoneMatch="*")
+        return self._put_if(url, data, IfNoneMatch="*")
 
     def put(self, url: str, data: bytes) -> None:
-        self._put(url, data)
+        bucket, key = split_s3(url)
+        with _told(url):
+            self.client.put_object(Bucket=bucket, Key=key, Body=data)
 
     def replace(self, url: str, data: bytes, version: str) -> bool:
-        return self._put(url, data, IfMatch=f'"{version}"')
+        return self._put_if(url, data, IfMatch=f'"{version}"')
 
-    def _put(self, url: str, data: bytes, **condition: str) -> bool:
+    def _put_if(self, url: str, data: bytes, **condition: str) -> bool:
         bucket, key = split_s3(url)
         with _told(url):
             try:
                 self.client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
             except botocore.exceptions.ClientError as error:
-                if _status(error) in (404, 409, 412) and _code(error) != "NoSuchBucket":
+                if _code(error) in ("PreconditionFailed", "NoSuchKey"):
                     return False
                 raise
         return True
@@ -304,6 +310,9 @@ class _S3Reader(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def readall(self) -> bytes:
+        return self.read(max(0, self._info.size - self._position))  # in one request, not in io's small steps
+
     def readinto(self, buffer: Any) -> int:
         start, stop = self._position, min(self._position + len(buffer), self._info.size)
         if start >= stop:
@@ -330,17 +339,42 @@ def split_s3(url: str) -> tuple[str, str]:
     return bucket, key
 
 
+def glob_root(url: str) -> str:
+    """The folder above the first wildcard; a URL without one is its own root, without a slash at the end."""
+    if not is_glob(url) or os.path.exists(url):
+        return url.rstrip("/") or "/"
+    first = min(url.index(char) for char in "*?[" if char in url)
+    return url[:first].rpartition("/")[0] or "/"
+
+
 def glob_to_regex(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` stay within one level, `**/` spans levels, `[...]` is a set: as on a disk."""
-    pieces = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    tokens = re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
-    return re.compile("".join(pieces.get(token) or _set_or_literal(token) for token in tokens), re.DOTALL)
+    """As `glob` on a disk: `*`, `?`, `[...]` stay in one level and pass hidden names over; `**` spans levels."""
+    *folders, last = pattern.split("/")
+    pieces = [HIDDEN_FREE_LEVELS if name == "**" else _level_to_regex(name) + "/" for name in folders]
+    pieces.append(HIDDEN_FREE_LEVELS + r"(?!\.)[^/]+" if last == "**" else _level_to_regex(last))
+    return re.compile("".join(pieces), re.DOTALL)
+
+
+HIDDEN_FREE_LEVELS = r"(?:(?!\.)[^/]+/)*"
+
+
+def _level_to_regex(name: str) -> str:
+    pieces = {"*": "[^/]*", "?": "[^/]"}
+    tokens = re.findall(r"\*+|\?|\[!?\]?[^\]]*\]|.", name, re.DOTALL)
+    body = "".join(pieces.get(token[:1] if token[0] == "*" else token) or _set_or_literal(token) for token in tokens)
+    return (r"(?!\.)" if name[:1] in ("*", "?", "[") else "") + body
 
 
 def _set_or_literal(token: str) -> str:
-    if len(token) > 2 and token[0] == "[" and token[-1] == "]":
-        return "[" + ("^" if token[1] == "!" else "") + re.escape(token[1:-1].lstrip("!")).replace(r"\-", "-") + "]"
-    return re.escape(token)
+    if len(token) < 3 or token[0] != "[" or token[-1] != "]":
+        return re.escape(token)
+    inside = token[2:-1] if token[1] == "!" else token[1:-1]
+    inside = re.sub(r"([\\\[\]^&~|])", r"\\\1", inside)
+    try:
+        re.compile(f"[{inside}]")
+    except re.error:
+        return "(?!)"  # such as [z-a]: matches nothing
+    return f"(?!/)[{'^' if token[1] == '!' else ''}{inside}]"
 
 
 @contextlib.contextmanager

@@ -45,22 +45,18 @@ def split_thought(prompt_tail: str, token_ids: Sequence[int], tags: Tags) -> Tho
     ids = list(token_ids)
     while ids and ids[-1] in tags.end_ids:
         ids.pop()
-    thinking = opens_thought(prompt_tail)
-    reasoning: list[int] = []
-    answer: list[int] = []
+    thinking, boundary = opens_thought(prompt_tail), 0
+    words: list[int] = []
     for token in ids:
         if token == tags.open_id:
             thinking = True
         elif token == tags.close_id:
-            reasoning, answer = reasoning + answer, []
-            thinking = False
-        elif thinking:
-            reasoning.append(token)
+            thinking, boundary = False, len(words)
         else:
-            answer.append(token)
+            words.append(token)
     if thinking:
-        return Thought(tuple(reasoning + answer), None)
-    return Thought(tuple(reasoning), tuple(answer))
+        return Thought(tuple(words), None)
+    return Thought(tuple(words[:boundary]), tuple(words[boundary:]))
 
 
 def mode_of(thought: Thought, reasoning_text: str) -> Mode:

@@ -1,0 +1,132 @@
+"""One contract, two engines: vLLM with the small checkpoint, and the simulation.
+
+What only a model can show (its answers, its tokens) is in test_checkpoint.py.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import pytest
+
+from pipeline.engine.contract import MAX_IMAGES
+from pipeline.errors import EngineDiedError, SampleError
+from pipeline.records import OUTPUT_SCHEMA, Generation
+from tests.engines import SIMULATED_SPEC, RunningEngine, question, running_engine, scene_image
+
+COUNT = "How many shapes are there?"
+
+
+@pytest.fixture(params=["real", "simulated"])
+def engine(request: pytest.FixtureRequest) -> Any:
+    if request.param == "real":
+        yield request.getfixturevalue("real_engine")
+    else:
+        with running_engine(SIMULATED_SPEC) as simulated:
+            yield simulated
+
+
+def without_latency(generation: Generation) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(generation).items() if name != "latency_s"}
+
+
+def check_sense(generation: Generation) -> None:
+    """What holds for every generation."""
+    assert generation.mode_chosen in ("thinking", "non-thinking")
+    assert (generation.reasoning is None) == (generation.mode_chosen == "non-thinking")
+    assert (generation.answer is None) == generation.thinking_truncated
+    assert generation.finish_reason in ("stop", "length")
+    assert generation.completion_tokens >= generation.reasoning_tokens + generation.answer_tokens
+    assert 0 <= generation.image_tokens < generation.prompt_tokens
+    assert generation.latency_s >= 0
+    for text in (generation.reasoning, generation.answer):
+        assert text is None or not ("<think>" in text or "</think>" in text)
+
+
+def test_generation_has_a_field_for_each_engine_column() -> None:
+    engine_columns = {"sample_id", "prompt_id", "shard", "mode_requested", "error_type", "error_message"}
+    assert set(typing.get_type_hints(Generation)) == set(OUTPUT_SCHEMA.names) - engine_columns
+
+
+@pytest.mark.parametrize(("mode", "chosen"), [("long", "thinking"), ("short", "non-thinking")])
+def test_generate_forced_mode_is_kept(engine: RunningEngine, mode: str, chosen: str) -> None:
+    (generation,) = engine.generate(question(COUNT, scene_image(1), mode=mode))
+    check_sense(generation)
+    assert generation.mode_chosen == chosen
+    assert generation.finish_reason == "stop"
+    assert generation.answer
+
+
+def test_generate_many_at_once_equals_one_by_one(engine: RunningEngine) -> None:
+    requests = [
+        question(text, scene_image(seed), mode=mode)
+        for seed, text, mode in [
+            (1, COUNT, "auto"),
+            (2, "Describe this image.", "auto"),
+            (3, COUNT, "short"),
+            (4, COUNT, "long"),
+        ]
+    ]
+    together = engine.generate(*requests)
+    alone = [engine.generate(request)[0] for request in requests]
+    assert [without_latency(generation) for generation in together] == [without_latency(g) for g in alone]
+    for generation in together:
+        check_sense(generation)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 5, 12])
+def test_generate_cut_thought_has_no_answer(engine: RunningEngine, max_tokens: int) -> None:
+    (generation,) = engine.generate(question(COUNT, scene_image(3), mode="long", max_tokens=max_tokens))
+    check_sense(generation)
+    assert generation.answer is None
+    assert generation.thinking_truncated
+    assert generation.finish_reason == "length"
+    assert generation.completion_tokens == generation.reasoning_tokens == max_tokens
+
+
+def test_generate_cut_answer_is_kept_with_length(engine: RunningEngine) -> None:
+    (generation,) = engine.generate(question("Describe this image.", scene_image(3), mode="short", max_tokens=4))
+    assert generation.answer
+    assert not generation.thinking_truncated
+    assert generation.finish_reason == "length"
+    assert generation.answer_tokens == generation.completion_tokens == 4
+
+
+def test_generate_image_tokens_grow_with_images(engine: RunningEngine) -> None:
+    images = [scene_image(seed) for seed in range(MAX_IMAGES)]
+    none, one, five = engine.generate(
+        question("Hello", mode="short"), question("Hello", images[0], mode="short"), question("Hello", *images)
+    )
+    assert none.image_tokens == 0
+    assert one.image_tokens > 0
+    assert five.image_tokens == 5 * one.image_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "num_images", "error_type"),
+    [("Hello", MAX_IMAGES + 1, "request_invalid"), ("very long " * 20_000, 1, "prompt_too_long")],
+)
+def test_generate_bad_request_raises_and_harms_no_other(
+    engine: RunningEngine, text: str, num_images: int, error_type: str
+) -> None:
+    async def mixed() -> list[Any]:
+        import asyncio
+
+        bad = question(text, *[scene_image(0)] * num_images)
+        good = question(COUNT, scene_image(1))
+        calls = [engine.engine.generate(request) for request in (good, bad, good)]
+        return list(await asyncio.gather(*calls, return_exceptions=True))
+
+    first, error, second = engine.run(mixed())
+    assert isinstance(error, SampleError)
+    assert error.error_type == error_type
+    assert "\n" not in error.message
+    assert without_latency(first) == without_latency(second)
+
+
+def test_generate_after_death_always_raises() -> None:
+    with running_engine(SIMULATED_SPEC) as simulated:
+        simulated.engine.kill()
+        for _ in range(2):
+            with pytest.raises(EngineDiedError):
+                simulated.generate(question(COUNT, scene_image(1)))

@@ -1,0 +1,120 @@
+"""What a killed, interrupted or doubled driver leaves behind: every planned row once, nothing committed done again.
+
+On the simulated engine, so that five kills of a 2,000-row job take a minute; Ray and the commits are real.
+"""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.running import (
+    keys_of,
+    kill_tree,
+    r4b,
+    read_output,
+    simulated_spec,
+    started_r4b,
+    write_scene_shards,
+    write_spec,
+)
+
+SLOW = {"simulation": {"seconds_per_token": 0.004}}
+
+
+def parts_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name to (inode, time of change) of each part."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("data/*.parquet")}
+
+
+def wait_for_parts(folder: Path, at_least: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while len(parts_of(folder)) < at_least:
+        assert time.monotonic() < deadline, f"only {len(parts_of(folder))} parts after {seconds} s"
+        time.sleep(0.02)
+
+
+def test_driver_killed_five_times_ends_with_every_row_once(tmp_path: Path) -> None:
+    write_scene_shards(tmp_path / "in", 2000, rows_per_shard=500)
+    path, out = write_spec(tmp_path, simulated_spec(tmp_path, **SLOW)), tmp_path / "out"
+    rng = random.Random(7)
+    seen: dict[str, tuple[int, int]] = {}
+    for _ in range(5):
+        with started_r4b("run", path) as process:
+            wait_for_parts(out, len(seen) + rng.randint(1, 12))
+            kill_tree(process.pid)
+        now = parts_of(out)
+        assert {name: now[name] for name in seen} == seen
+        assert len(now) < 126
+        seen = now
+        assert keys_of(read_output(out)) != []
+        assert not (out / "_SUCCESS").exists()
+    finished = r4b("run", path, "--json")
+    assert finished.code == 0, finished.stderr
+    assert {name: parts_of(out)[name] for name in seen} == seen
+    keys = keys_of(read_output(out))
+    assert len(keys) == 2000
+    assert set(keys) == {(f"scene-{n:06d}", "question") for n in range(2000)}
+    assert (out / "_SUCCESS").exists()
+
+
+def test_two_drivers_at_once_give_every_row_once(tmp_path: Path) -> None:
+    write_scene_shards(tmp_path / "in", 300)
+    path, out = write_spec(tmp_path, simulated_spec(tmp_path, **SLOW)), tmp_path / "out"
+    with started_r4b("run", path) as first, started_r4b("run", path) as second:
+        codes = []
+        for process in (first, second):
+            _, stderr = process.communicate(timeout=300)
+            codes.append((process.returncode, stderr))
+    assert [code for code, _ in codes] == [0, 0], codes
+    keys = keys_of(read_output(out))
+    assert len(keys) == len(set(keys)) == 300
+
+
+def test_interrupt_stops_cleanly_and_resumes(tmp_path: Path) -> None:
+    write_scene_shards(tmp_path / "in", 600)
+    path, out = write_spec(tmp_path, simulated_spec(tmp_path, simulation={"seconds_per_token": 0.02})), tmp_path / "out"
+    with started_r4b("run", path) as process:
+        wait_for_parts(out, 1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130, stderr
+        assert "Traceback" not in stderr
+        assert "goes on from there" in stderr
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert alive == []
+    done = len(parts_of(out))
+    finished = r4b("run", path, "--set", "engine.simulation.seconds_per_token=0.02")
+    assert finished.code == 0, finished.stderr
+    assert len(parts_of(out)) > done
+    assert len(set(keys_of(read_output(out)))) == 600
+
+
+@pytest.mark.parametrize("victim", ["MapWorker", "ray::MapBatches"])
+def test_killed_worker_is_replaced_and_its_chunks_redone(tmp_path: Path, victim: str) -> None:
+    write_scene_shards(tmp_path / "in", 300)
+    path, out = write_spec(tmp_path, simulated_spec(tmp_path, **SLOW)), tmp_path / "out"
+    with started_r4b("run", path, "--json") as process:
+        wait_for_parts(out, 1)
+        killed = kill_one(process.pid, victim)
+        _, stderr = process.communicate(timeout=300)
+    assert killed or victim != "MapWorker"
+    assert process.returncode == 0, stderr
+    keys = keys_of(read_output(out))
+    assert len(keys) == len(set(keys)) == 300
+
+
+def kill_one(root: int, title: str) -> bool:
+    """SIGKILL one process of the tree whose title has this word."""
+    for process in psutil.Process(root).children(recursive=True):
+        try:
+            if title in " ".join(process.cmdline()):
+                process.kill()
+                return True
+        except psutil.NoSuchProcess:
+            continue
+    return False
