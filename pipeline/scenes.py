@@ -167,13 +167,12 @@ def _list_rows(scene: Scene, counted: Sequence[str] = (), together: bool = False
 
 
 def _name_one_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A kind of shape whose pieces share one colour, and that colour; where there is none, the first shape."""
-    colors = {shape: {item.color for item in scene.items if item.shape == shape} for shape in SHAPES}
-    clear = [shape for shape in SHAPES if len(colors[shape]) == 1]
-    if not clear:
-        return "first shape", scene.items[0].color
-    shape = rng.choice(clear)
-    return shape, colors[shape].pop()
+    """A shape that can be named without doubt, by where it stands, and its colour."""
+    rows = [index for index in range(GRID) if scene.row(index)]
+    names = {f"first shape in row {index + 1}": scene.row(index)[0].color for index in rows}
+    names["first shape"] = scene.items[0].color
+    name = rng.choice(sorted(names))
+    return name, names[name]
 
 
 def _pick_rivals(scene: Scene, present: Sequence[str], rng: random.Random) -> tuple[str, str]:

@@ -1,11 +1,23 @@
 """Things that are started once for all tests."""
 
+import os
 from collections.abc import Iterator
 
 import boto3
 import pytest
 
+from tests.engines import REAL_SPEC, RunningEngine, running_engine
 from tests.s3_server import S3Server, credentials_in_environment, running_s3
+
+# Ray would otherwise write a token into the home folder.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def real_engine() -> Iterator[RunningEngine]:
+    """vLLM with the small checkpoint; it takes half a minute to start."""
+    with running_engine(REAL_SPEC) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -157,7 +157,7 @@ def test_retry_errors_redoes_only_the_error_rows(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    images = [{"bytes": png((n, 9, 9)), "path": None} for n in range(40)]
+    images: list[dict[str, Any]] = [{"bytes": png((n, 9, 9)), "path": None} for n in range(40)]
     images[7] = {"bytes": None, "path": "late.png"}
     pq.write_table(
         pa.table({"id": [f"row-{n}" for n in range(40)], "image": pa.array(images, struct)}), folder / "a.parquet"

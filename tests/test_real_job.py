@@ -36,7 +36,8 @@ TYPES = {
 
 
 def rows(query: str) -> list[tuple[Any, ...]]:
-    return duckdb.sql(query).fetchall()
+    found: list[tuple[Any, ...]] = duckdb.sql(query).fetchall()
+    return found
 
 
 @pytest.fixture(scope="module")

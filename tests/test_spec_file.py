@@ -171,6 +171,16 @@ def test_read_yaml_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_yaml(str(tmp_path / "latin.yaml"))
 
 
+def test_load_spec_yaml_anchors_and_merge_keys_work(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    prompts = "[&first {id: a, template: x, thinking_mode: long}, {<<: *first, id: b}]"
+    path.write_text(f"input: {{url: in}}\nprompts: {prompts}\noutput: {{url: out}}\n")
+    assert [(prompt.id, prompt.thinking_mode) for prompt in load_spec(str(path)).prompts] == [
+        ("a", "long"),
+        ("b", "long"),
+    ]
+
+
 def test_read_yaml_key_given_twice_is_refused_not_dropped(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(SPEC + "engine:\n  num_gpus: 0\n")  # max_num_seqs: 4 above would be lost without a word
