@@ -33,7 +33,7 @@ def decode_image(data: bytes | None, max_bytes: int, max_pixels: int) -> Decoded
     if len(data) == 0:
         raise SampleError("image_empty", "The image has no bytes.")
     if len(data) > max_bytes:
-        raise SampleError("image_too_many_bytes", f"The image has {len(data)} bytes, the limit is {max_bytes}.")
+        raise SampleError("image_too_many_bytes", f"The image has more than {max_bytes} bytes, the limit.")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, max_pixels)
@@ -52,8 +52,6 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         message = f"The image says it is {image.width} x {image.height} pixels, the limit is {max_pixels} pixels."
         raise SampleError("image_too_many_pixels", message)
-    if image.width == 0 or image.height == 0:
-        raise SampleError("image_corrupt", f"The image says it is {image.width} x {image.height} pixels.")
 
 
 def _load(image: Image.Image) -> None:
@@ -81,11 +79,18 @@ def _has_transparent_color(image: Image.Image) -> bool:
 
 
 def _deep_to_gray(values: np.ndarray) -> Image.Image:
-    """Gray levels of more than 8 bits, [height, width], to 8 bits; floats count as 0..1 if none is larger."""
+    """Gray levels of more than 8 bits, [height, width], to 8 bits.
+
+    Unsigned 16-bit levels are of 65,535. Wider kinds do not say what white is: it is the least of 1 (floats only),
+    255, 65,535 and the largest level that holds all.
+    """
     levels = np.nan_to_num(values.astype(np.float64))
     top = float(levels.max(initial=0.0))
     whole = np.issubdtype(values.dtype, np.integer)
-    scale = 1.0 if top <= 1.0 and not whole else 65535.0 if top <= 65535.0 else top
+    if values.dtype == np.uint16:
+        scale = 65535.0
+    else:
+        scale = next((white for white in (1.0, 255.0, 65535.0) if top <= white and not (whole and white == 1.0)), top)
     return Image.fromarray(np.clip(levels / scale * 255.0 + 0.5, 0, 255).astype(np.uint8))
 
 

@@ -48,7 +48,7 @@ def parse_template(source: str) -> jinja2.Template:
 
 def column_names(source: str) -> frozenset[str]:
     """The columns that a template names; raises jinja2.TemplateSyntaxError."""
-    return frozenset(jinja2.meta.find_undeclared_variables(_environment.parse(source)) - set(_environment.globals))
+    return frozenset(jinja2.meta.find_undeclared_variables(_environment.parse(source)))
 
 
 def render_prompt(template: str, system: str | None, thinking_mode: str, columns: Mapping[str, Any]) -> RenderedPrompt:

@@ -137,8 +137,10 @@ def _fetch_path(path: str, chunk: Chunk, job: JobSpec) -> bytes:
 
 
 def _fetch_file(url: str, version: str | None, job: JobSpec) -> bytes:
+    """At most one byte more than `limits.max_image_bytes`, which is then one too many for the decoder."""
     try:
-        return open_store(url, job.storage, job.limits.fetch_timeout_s).read(url, version)
+        with open_store(url, job.storage, job.limits.fetch_timeout_s).open(url, version) as file:
+            return file.read(job.limits.max_image_bytes + 1)
     except ShardChangedError as error:
         raise SampleError("image_missing", str(error)) from error
     except (StorageError, OSError) as error:

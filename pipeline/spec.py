@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import jinja2
 import pydantic
+import pydantic_core
 from pydantic import Field, StringConstraints
 
 from pipeline.errors import SpecError
@@ -20,7 +21,7 @@ NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 
 class _Model(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
 class Columns(_Model):
@@ -174,8 +175,9 @@ class StorageSpec(_Model):
     @classmethod
     def _no_secret(cls, url: str | None) -> str | None:
         if url is not None and "@" in url:
-            # The message must not repeat the value: it may hold a password.
-            raise SpecError("storage.endpoint_url: must not hold a user or a password; boto3 finds credentials itself.")
+            raise pydantic_core.PydanticCustomError(
+                "secret", "must not hold a user or a password; boto3 finds those itself"
+            )
         return url
 
 
@@ -221,7 +223,7 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: this key is required"
     message = problem["msg"].removeprefix("Value error, ")
-    value = problem["input"]
+    value = None if problem["type"] == "secret" else problem["input"]
     shown = (
         f" (it is {value!r})" if isinstance(value, str | int | float | bool | None) and len(str(value)) < 200 else ""
     )

@@ -279,7 +279,7 @@ class S3Store:
             try:
                 self.client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
             except botocore.exceptions.ClientError as error:
-                if _code(error) in ("PreconditionFailed", "NoSuchKey"):
+                if _status(error) == 412 or _code(error) == "NoSuchKey":
                     return False
                 raise
         return True
