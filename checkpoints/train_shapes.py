@@ -53,7 +53,7 @@ MAX_TILES = 9
 """vLLM counts image tokens without the anyres_max_9 shrinking that the model does: no grid may exceed nine tiles."""
 PINPOINTS = [[TILE * h, TILE * w] for h in range(1, 7) for w in range(1, 7) if h * w <= MAX_TILES]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-DIRECT_WEIGHT = 10.0
+DIRECT_WEIGHT = 2.0
 """How much a token of a direct answer counts against one of a thought or a caption."""
 THOUGHT_TAGS = ["<think>", "</think>"]
 
@@ -218,7 +218,7 @@ class Batches:
         num_tokens = self.processor._get_number_of_features(size[1], size[0], TILE, TILE)
         rows = []
         for index, scene in enumerate(scenes):
-            for kind in (*KINDS, "color", "color", "color"):
+            for kind in (*KINDS, "count_color"):
                 question = ask(scene, kind, variant=self.rng.randrange(1_000_000))
                 rows.append(self._row(index, question, num_tokens))
         return dict(pixels), rows
@@ -440,7 +440,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5500, help="optimizer steps (default 5500)")
     parser.add_argument("--vision-steps", type=int, default=600, help="steps of the vision stage (default 600)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes-per-step", type=int, default=8, help="each gives eight questions (default 8)")
+    parser.add_argument("--scenes-per-step", type=int, default=8, help="each gives six questions (default 8)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     parser.add_argument("--resume", type=Path, default=None, help="start from this checkpoint's weights")
     args = parser.parse_args()

@@ -242,16 +242,14 @@ def finish(output: Output, plan: Plan, stale: list[str]) -> Manifest:
 
 
 def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, on the loopback address alone."""
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve an engine
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes to our terminal
         joins = bool(os.environ.get("RAY_ADDRESS"))
-        local: dict[str, Any] = {} if joins else {"address": "local", "_node_ip_address": "127.0.0.1"}
+        local: dict[str, Any] = {} if joins else {"address": "local", "include_dashboard": False}
         with silent_stderr():
-            ray.init(
-                include_dashboard=False if local else None, log_to_driver=False, logging_level=logging.ERROR, **local
-            )
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -138,28 +138,32 @@ def ask(scene: Scene, kind: str, variant: int = 0) -> Question:
         return Question(kind, phrase.format(shape=name), f"The {name} is {color}.", color)
     if kind == "count":
         total = str(len(scene.items))
-        return Question(kind, phrase, f"{_list_rows(scene, sorted(COLORS), together=True)} So {total}.", total)
+        return Question(kind, phrase, f"{_list_rows(scene, sorted(COLORS))} So {total}.", total)
     present = sorted({item.color for item in scene.items})
     if kind == "count_color":
         a = rng.choice(present) if rng.random() < 0.9 else rng.choice(sorted(COLORS))
         number = str(scene.count(a))
-        return Question(kind, phrase.format(a=a), f"{_list_rows(scene, [a])} So {number}.", number)
+        return Question(kind, phrase.format(a=a), _count_aloud(scene, a), number)
     a, b = _pick_rivals(scene, present, rng)
-    thought = f"{_list_rows(scene, [a, b])} So {scene.count(a)} {a} and {scene.count(b)} {b}."
+    thought = f"{_count_aloud(scene, a)} {_count_aloud(scene, b)} {scene.count(a)} against {scene.count(b)}."
     return Question(kind, phrase.format(a=a, b=b), thought, "Yes" if scene.count(a) > scene.count(b) else "No")
 
 
-def _list_rows(scene: Scene, counted: Sequence[str] = (), together: bool = False) -> str:
-    """Row by row, what is there; shapes of a counted colour are numbered, per colour or all `together`."""
-    totals: dict[str, int] = {}
+def _count_aloud(scene: Scene, color: str) -> str:
+    """The steps of counting one colour; a comparison takes them twice, so that both share what is learned."""
+    return f"Count {color}. {_list_rows(scene, [color])} So {scene.count(color)}."
+
+
+def _list_rows(scene: Scene, counted: Sequence[str] = ()) -> str:
+    """Row by row, what is there; shapes of the counted colours are numbered."""
+    total = 0
     rows = []
     for index in range(GRID):
         names = []
         for item in scene.row(index):
             if item.color in counted:
-                key = "all" if together else item.color
-                totals[key] = totals.get(key, 0) + 1
-                names.append(f"{item} {totals[key]}")
+                total += 1
+                names.append(f"{item} {total}")
             else:
                 names.append(str(item))
         rows.append(f"Row {index + 1}: {', '.join(names) or 'nothing'}.")

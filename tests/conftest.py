@@ -1,6 +1,7 @@
 """Things that are started once for all tests."""
 
 import os
+import secrets
 from collections.abc import Iterator
 
 import boto3
@@ -9,8 +10,9 @@ import pytest
 from tests.engines import REAL_SPEC, RunningEngine, running_engine
 from tests.s3_server import S3Server, credentials_in_environment, running_s3
 
-# Ray would otherwise write a token into the home folder.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Ray listens on all addresses: it must ask for a token, and ours keeps it from writing one into the home folder.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture(scope="session")

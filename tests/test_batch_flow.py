@@ -21,6 +21,12 @@ from tests.running import keys_of, read_output, simulated_spec, write_scene_shar
 from tests.s3_server import S3Server
 
 
+@pytest.fixture(autouse=True)
+def store_before_ray(s3: S3Server) -> S3Server:
+    """Ray's workers have the environment of the moment when Ray started, and S3's credentials are in it."""
+    return s3
+
+
 def run(spec: dict[str, Any], **options: Any) -> tuple[Manifest, list[ChunkReport]]:
     reports: list[ChunkReport] = []
     manifest = run_batch(parse_spec(spec, "test"), on_commit=reports.append, **options)
