@@ -86,7 +86,7 @@ def test_images_of_any_size_are_counted_exactly(real_engine: RunningEngine, size
     assert output.prompt_token_ids.count(image_id) == image_tokens
     (generation,) = real_engine.generate(request)
     assert generation.prompt_tokens == len(output.prompt_token_ids)
-    assert generation.image_tokens == image_tokens >= 16 + 1
+    assert generation.image_tokens == image_tokens >= 16  # the base tile; of a sliver, all else is padding
 
 
 def test_bad_thinking_mode_is_the_requests_error(real_engine: RunningEngine) -> None:
