@@ -37,14 +37,17 @@ def decode_image(data: bytes | None, max_bytes: int, max_pixels: int) -> Decoded
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, max_pixels)
-            _load(image)
+            image.load()
             rgb = to_rgb(ImageOps.exif_transpose(image))
     except SampleError:
         raise
     except UnidentifiedImageError as error:
         raise SampleError("image_unrecognized", f"The bytes are not an image ({_first_bytes(data)}).") from error
     except Exception as error:  # Pillow's decoders raise almost any type on hostile bytes
-        raise SampleError("image_corrupt", f"The image cannot be decoded: {_one_line(error)}.") from error
+        what = _one_line(error)
+        if "truncated" in what.lower() or "not enough" in what:
+            raise SampleError("image_truncated", f"The image is cut short: {what}.") from error
+        raise SampleError("image_corrupt", f"The image cannot be decoded: {what}.") from error
     return DecodedImage(rgb.width, rgb.height, rgb.tobytes())
 
 
@@ -52,15 +55,6 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         message = f"The image says it is {image.width} x {image.height} pixels, the limit is {max_pixels} pixels."
         raise SampleError("image_too_many_pixels", message)
-
-
-def _load(image: Image.Image) -> None:
-    try:
-        image.load()
-    except OSError as error:
-        if "truncated" in str(error) or "not enough" in str(error):
-            raise SampleError("image_truncated", f"The image is cut short: {_one_line(error)}.") from error
-        raise
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
