@@ -5,6 +5,7 @@ Covers the installed packages as they are; where they are CPU builds, the last t
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,12 @@ for name in ("torchaudio", "torchcodec"):
         assert not hidden, name
 print("as it should be")
 """
-    builds = {name: is_cuda_build(find_version_file(name)) for name in ("torchaudio", "torchcodec")}
-    installed = [name for name in builds if find_version_file(name) is not None]
+    # By path: in this process torch may have been imported, and the packages been hidden, already.
+    files = {
+        name: Path(sysconfig.get_paths()["purelib"]) / name / "version.py" for name in ("torchaudio", "torchcodec")
+    }
+    builds = {name: is_cuda_build(path) for name, path in files.items()}
+    installed = [name for name, path in files.items() if path.is_file()]
     code = f"is_cuda_build_of = {builds!r}\n{code.replace(repr(('torchaudio', 'torchcodec')), repr(tuple(installed)))}"
     run = run_python(code)
     assert run.returncode == 0, run.stderr[-2000:]

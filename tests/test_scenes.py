@@ -128,7 +128,8 @@ def test_ask_compare_thought_ends_with_both_counts() -> None:
     for seed in SEEDS:
         scene = make_scene(seed)
         question = ask(scene, "compare")
-        first, a, second, b = re.findall(r"So (\d+) (\w+) and (\d+) (\w+)\.$", question.thought)[0]
+        a, b = re.findall(r"Count (\w+)\.", question.thought)
+        first, second = re.findall(r"(\d+) against (\d+)\.$", question.thought)[0]
         assert (int(first), int(second)) == (scene.count(a), scene.count(b))
         assert question.answer == ("Yes" if int(first) > int(second) else "No")
 
