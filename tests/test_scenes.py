@@ -99,8 +99,8 @@ def true_answer(scene: Scene, question: Question) -> str:
     if question.kind == "compare":
         first, second = (sum(item.color == color for item in items) for color in colors)
         return "Yes" if first > second else "No"
-    if row := re.search(r"first shape in row (\d)", text):
-        return scene.row(int(row[1]) - 1)[0].color
+    if placed := re.search(r"first shape in row (\d)", text):
+        return scene.row(int(placed[1]) - 1)[0].color
     (name,) = re.findall(rf"first shape|last shape|{'|'.join(SHAPES)}", text)
     named = {"first shape": [items[0]], "last shape": [items[-1]]}
     (color,) = {item.color for item in named.get(name, [item for item in items if item.shape == name])}
