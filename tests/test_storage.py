@@ -619,8 +619,8 @@ def test_split_s3_gives_bucket_and_key(url: str, bucket: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("url", "absolute"),
     [
-        ("a/b", "/work/a/b"),
-        ("./a/../b/", "/work/b/"),
+        ("a/b", "/base/a/b"),
+        ("./a/../b/", "/base/b/"),
         ("/a", "/a"),
         ("/", "/"),
         ("file:///a/b", "/a/b"),
@@ -633,7 +633,7 @@ def test_absolute_url_keeps_urls_and_trailing_slashes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
-    assert absolute_url(url) == absolute.replace("/work", str(tmp_path))
+    assert absolute_url(url) == absolute.replace("/base", str(tmp_path))
 
 
 def test_join_url_puts_one_slash_between() -> None:
