@@ -268,6 +268,15 @@ def batch_loss(
     return nn.functional.cross_entropy(logits.float(), targets[targets != -100], reduction="sum")
 
 
+def split_by_length(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Direct answers, one listing, two listings: passed through the model together, half of the work were padding."""
+    parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
+    for row in rows:
+        length = len(row.completion_ids)
+        parts[0 if length <= 12 else 1 if length <= 130 else 2].append(row)
+    return parts
+
+
 def pretrain_vision(model: LlavaOnevisionForConditionalGeneration, processor: LlavaNextProcessor, steps: int) -> None:
     """Teach the tower and the projector what stands in each patch, before any words.
 
@@ -362,16 +371,14 @@ def train(
     start, running = time.monotonic(), 0.0
     for step in range(1, steps + 1):
         pixels, rows = batches.next()
-        # Long and short completions in separate passes: half of the work would be padding otherwise.
-        brief = [row for row in rows if len(row.completion_ids) <= 12]
-        wordy = [row for row in rows if len(row.completion_ids) > 12]
-        num_targets = sum(len(row.completion_ids) for row in wordy) + DIRECT_WEIGHT * len(brief)
+        brief, *wordy = split_by_length(rows)
+        num_targets = sum(len(row.completion_ids) for part in wordy for row in part) + DIRECT_WEIGHT * len(brief)
         features = torch.stack(list(model.model.get_image_features(**pixels, return_dict=True).pooler_output))
         # A direct answer is a token or two, a thought a hundred: unweighted, answers from one look are never learned.
         loss = sum(
             (
                 weight * batch_loss(model, part, features, tokenizer.pad_token_id)
-                for weight, part in ((DIRECT_WEIGHT, brief), (1.0, wordy))
+                for weight, part in ((DIRECT_WEIGHT, brief), *((1.0, part) for part in wordy))
                 if part
             ),
             start=torch.zeros(()),

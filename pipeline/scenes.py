@@ -27,7 +27,7 @@ KINDS = ("caption", "color", "count", "count_color", "compare")
 THINKING_KINDS = frozenset({"count", "count_color", "compare"})
 """Kinds that the checkpoint was trained to think about in `auto`; the others it answers directly."""
 
-MIN_SHAPES, MAX_SHAPES = 3, 14
+MIN_SHAPES, MAX_SHAPES = 6, 16
 TRAIN_SEEDS = range(1_000_000, 1_000_000_000)
 """Scene seeds used for training. Everything below is held out."""
 
@@ -86,9 +86,9 @@ class Question:
 
 
 def make_scene(seed: int) -> Scene:
-    """The scene of this seed: MIN_SHAPES to MAX_SHAPES shapes in two to four colours."""
+    """The scene of this seed: MIN_SHAPES to MAX_SHAPES shapes in two or three colours."""
     rng = random.Random(f"scene:{seed}")
-    palette = rng.sample(sorted(COLORS), rng.randint(2, 4))
+    palette = rng.sample(sorted(COLORS), rng.randint(2, 3))
     cells = sorted(rng.sample(range(GRID * GRID), rng.randint(MIN_SHAPES, MAX_SHAPES)))
     items = (Item(cell // GRID, cell % GRID, rng.choice(palette), rng.choice(SHAPES)) for cell in cells)
     return Scene(seed, tuple(items))
@@ -145,27 +145,24 @@ def ask(scene: Scene, kind: str, variant: int = 0) -> Question:
         number = str(scene.count(a))
         return Question(kind, phrase.format(a=a), _count_aloud(scene, a), number)
     a, b = _pick_rivals(scene, present, rng)
-    thought = f"{_count_aloud(scene, a)} {_count_aloud(scene, b)} {scene.count(a)} against {scene.count(b)}."
+    thought = f"{_count_aloud(scene, a)} {_count_aloud(scene, b)} So {a} {scene.count(a)}, {b} {scene.count(b)}."
     return Question(kind, phrase.format(a=a, b=b), thought, "Yes" if scene.count(a) > scene.count(b) else "No")
 
 
 def _count_aloud(scene: Scene, color: str) -> str:
     """The steps of counting one colour; a comparison takes them twice, so that both share what is learned."""
-    return f"Count {color}. {_list_rows(scene, [color])} So {scene.count(color)}."
+    return f"Count {color}: 0. {_list_rows(scene, [color])} So {scene.count(color)}."
 
 
 def _list_rows(scene: Scene, counted: Sequence[str] = ()) -> str:
-    """Row by row, what is there; shapes of the counted colours are numbered."""
-    total = 0
+    """Row by row, what is there; with counted colours, the tally after each shape."""
+    tally = 0
     rows = []
     for index in range(GRID):
         names = []
         for item in scene.row(index):
-            if item.color in counted:
-                total += 1
-                names.append(f"{item} {total}")
-            else:
-                names.append(str(item))
+            tally += item.color in counted
+            names.append(f"{item} {tally}" if counted else str(item))
         rows.append(f"Row {index + 1}: {', '.join(names) or 'nothing'}.")
     return " ".join(rows)
 
@@ -186,4 +183,4 @@ def _pick_rivals(scene: Scene, present: Sequence[str], rng: random.Random) -> tu
     more = rng.random() < 0.5
     pairs = [pair for pair, margin in margins.items() if (margin > 0) == more] or list(margins)
     close = [pair for pair in pairs if -1 <= margins[pair] <= 1]
-    return rng.choice(close if close and rng.random() < 0.7 else pairs)
+    return rng.choice(close if close and rng.random() < 0.8 else pairs)

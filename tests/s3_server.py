@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ STOP_S = 5.0
 GRPC_OFFSET = 10_000
 # Below Linux's ephemeral ports (32768 and up), the ports + GRPC_OFFSET too: no outgoing connection takes one of them.
 PORTS = range(12_000, 22_000)
+BUCKET = "tests"
 FOREIGN_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION")
+
+_prefix_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,9 @@ class S3Server:
         """A boto3 client of the tests' own, so that the code under test is not checked with itself."""
         return _make_client(self)
 
-    def make_bucket(self, name: str) -> str:
-        """Create a bucket; returns `s3://name`."""
-        self.client().create_bucket(Bucket=name)
-        return f"s3://{name}"
+    def fresh_prefix(self, name: str) -> str:
+        """A URL below which nothing is yet; prefixes of one bucket, because each SeaweedFS bucket takes a volume."""
+        return f"s3://{BUCKET}/{name}-{next(_prefix_numbers)}"
 
     def put(self, url: str, data: bytes) -> None:
         bucket, key = _split(url)
@@ -202,11 +205,11 @@ def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]", fold
     problem = ""
     while time.monotonic() < deadline:
         try:
-            client.create_bucket(Bucket="first-put")
-            client.put_object(Bucket="first-put", Key="key", Body=b"data")
+            client.create_bucket(Bucket=BUCKET)
+            client.put_object(Bucket=BUCKET, Key="key", Body=b"data")
             return
         except client.exceptions.BucketAlreadyOwnedByYou:
-            client.put_object(Bucket="first-put", Key="key", Body=b"data")
+            client.put_object(Bucket=BUCKET, Key="key", Body=b"data")
             return
         except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
             problem = str(error)

@@ -188,16 +188,16 @@ def test_run_over_s3_gives_the_rows_of_the_disk(tmp_path: Path, s3: S3Server) ->
     write_scene_shards(tmp_path / "in", 64, rows_per_shard=32)
     local = simulated_spec(tmp_path)
     run(local)
-    bucket = s3.make_bucket("flow")
+    prefix = s3.fresh_prefix("flow")
     for path in (tmp_path / "in").iterdir():
-        s3.put(f"{bucket}/in/{path.name}", path.read_bytes())
-    remote = local | {"storage": {"endpoint_url": s3.endpoint_url}, "input": {"url": f"{bucket}/in/"}}
-    remote["output"] = local["output"] | {"url": f"{bucket}/out"}
+        s3.put(f"{prefix}/in/{path.name}", path.read_bytes())
+    remote = local | {"storage": {"endpoint_url": s3.endpoint_url}, "input": {"url": f"{prefix}/in/"}}
+    remote["output"] = local["output"] | {"url": f"{prefix}/out"}
     manifest, reports = run(remote)
     assert manifest.num_rows == 64
     assert len(reports) == 4
-    stored = {url: s3.get(url) for url in s3.list(f"{bucket}/out/")}
-    assert f"{bucket}/out/_SUCCESS" in stored
+    stored = {url: s3.get(url) for url in s3.list(f"{prefix}/out/")}
+    assert f"{prefix}/out/_SUCCESS" in stored
     rows = [
         row for url, data in stored.items() if "/data/" in url for row in pq.read_table(io.BytesIO(data)).to_pylist()
     ]

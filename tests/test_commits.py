@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version as package_version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ CHUNK = Chunk("s3://bucket/in/a.parquet", "etag-1", 0, 4)
 OTHER_CHUNK = replace(CHUNK, start=4, stop=8)
 BROKEN = SampleError("image_corrupt", "The image cannot be decoded: broken.")
 MISSING = SampleError("image_missing", "x.png is gone.")
-bucket_numbers = count()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -55,8 +53,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
     if request.param == "local":
         return output_at(str(tmp_path / "out"))
     server = request.getfixturevalue("s3")
-    bucket = server.make_bucket(f"test-commits-{next(bucket_numbers)}")
-    return output_at(f"{bucket}/out", storage={"endpoint_url": server.endpoint_url})
+    return output_at(f"{server.fresh_prefix('commits')}/out", storage={"endpoint_url": server.endpoint_url})
 
 
 @pytest.fixture

@@ -347,18 +347,17 @@ def test_read_chunk_folder_and_glob_give_the_same_ids(tmp_path: Path) -> None:
 
 
 def test_read_chunk_on_s3_reads_shards_paths_and_folders(s3: S3Server) -> None:
-    bucket = s3.make_bucket("test-readers")
+    prefix = s3.fresh_prefix("readers")
     storage = {"endpoint_url": s3.endpoint_url}
-    client = s3.client()
     for n in range(3):
-        client.put_object(Bucket="test-readers", Key=f"in/images/é {n}.png", Body=numbered_png(n))
+        s3.put(f"{prefix}/in/images/é {n}.png", numbered_png(n))
     images = [{"bytes": None, "path": path} for path in ("images/é 1.png", "images/9.png", "images/é 2.png")]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"image": pa.array(images, IMAGE_STRUCT)}), sink)
-    client.put_object(Bucket="test-readers", Key="in/a.parquet", Body=sink.getvalue().to_pybytes())
-    job = make_job(f"{bucket}/in/", f"{bucket}/out", storage=storage)
+    s3.put(f"{prefix}/in/a.parquet", sink.getvalue().to_pybytes())
+    job = make_job(f"{prefix}/in/", f"{prefix}/out", storage=storage)
     assert numbers_of(tasks_of(job)) == [1, "image_missing", 2]
-    job = make_job(f"{bucket}/in/", f"{bucket}/out", storage=storage, input={"format": "images"})
+    job = make_job(f"{prefix}/in/", f"{prefix}/out", storage=storage, input={"format": "images"})
     tasks = tasks_of(job)
     assert [task.sample_id for task in tasks] == [f"images/é {n}.png" for n in range(3)]
     assert numbers_of(tasks) == [0, 1, 2]

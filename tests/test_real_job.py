@@ -85,16 +85,16 @@ def test_demo_parts_say_what_made_them(demo: tuple[Path, str]) -> None:
 
 
 def test_same_job_over_s3_gives_the_same_rows(demo: tuple[Path, str], tmp_path: Path, s3: S3Server) -> None:
-    bucket = s3.make_bucket("real-job")
+    prefix = s3.fresh_prefix("real-job")
     for shard in (demo[0] / "input").iterdir():
-        s3.put(f"{bucket}/in/{shard.name}", shard.read_bytes())
+        s3.put(f"{prefix}/in/{shard.name}", shard.read_bytes())
     spec = yaml.safe_load((demo[0] / "job.yaml").read_text())
-    spec["input"]["url"], spec["output"]["url"] = f"{bucket}/in/", f"{bucket}/out"
+    spec["input"]["url"], spec["output"]["url"] = f"{prefix}/in/", f"{prefix}/out"
     spec["storage"] = {"endpoint_url": s3.endpoint_url}
     finished = r4b("run", write_spec(tmp_path, spec))
     assert finished.code == 0, finished.stderr
     (tmp_path / "parts").mkdir()
-    for url in s3.list(f"{bucket}/out/data/"):
+    for url in s3.list(f"{prefix}/out/data/"):
         (tmp_path / "parts" / url.rpartition("/")[2]).write_bytes(s3.get(url))
     columns = "* exclude (shard, latency_s)"
     here = rows(f"select {columns} from '{demo[0]}/output/data/*.parquet' order by sample_id")

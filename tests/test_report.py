@@ -87,7 +87,7 @@ def test_make_report_column_that_no_part_has_is_named(tmp_path: Path, truth: str
 
 def test_make_report_on_s3_reads_the_same(s3: S3Server, tmp_path: Path) -> None:
     storage = StorageSpec(endpoint_url=s3.endpoint_url)
-    url = fill(f"{s3.make_bucket('test-report')}/out", storage)
+    url = fill(s3.fresh_prefix("report"), storage)
     assert make_report(url, storage, "truth", "kind") == make_report(fill(str(tmp_path)), STORAGE, "truth", "kind")
 
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ ODD_NAMES = (
     "trailing. .txt",
     "=,;:@!$().txt",
 )
-bucket_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 
 def s3_place(server: S3Server) -> Place:
-    url = f"{server.make_bucket(f'test-storage-{next(bucket_numbers)}')}/place"
+    url = f"{server.fresh_prefix('storage')}/place"
     return Place(open_store(url, StorageSpec(endpoint_url=server.endpoint_url)), url)
 
 
