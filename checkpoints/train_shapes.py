@@ -269,11 +269,11 @@ def batch_loss(
 
 
 def split_by_length(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Direct answers, one listing, two listings: passed through the model together, half of the work were padding."""
+    """Direct answers, thoughts, and longer: passed through the model together, half of the work would be padding."""
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in rows:
         length = len(row.completion_ids)
-        parts[0 if length <= 12 else 1 if length <= 130 else 2].append(row)
+        parts[0 if length <= 12 else 1 if length <= 75 else 2].append(row)
     return parts
 
 

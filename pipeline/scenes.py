@@ -6,7 +6,7 @@ Not covered: anything that reads or writes files.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -138,33 +138,34 @@ def ask(scene: Scene, kind: str, variant: int = 0) -> Question:
         return Question(kind, phrase.format(shape=name), f"The {name} is {color}.", color)
     if kind == "count":
         total = str(len(scene.items))
-        return Question(kind, phrase, f"{_list_rows(scene, sorted(COLORS))} So {total}.", total)
+        return Question(kind, phrase, f"{_list_rows(scene, _number_all)} So {total}.", total)
     present = sorted({item.color for item in scene.items})
     if kind == "count_color":
         a = rng.choice(present) if rng.random() < 0.9 else rng.choice(sorted(COLORS))
         number = str(scene.count(a))
-        return Question(kind, phrase.format(a=a), _count_aloud(scene, a), number)
+        thought = f"{_list_rows(scene, _number_by_color)} So {a} {number}."
+        return Question(kind, phrase.format(a=a), thought, number)
     a, b = _pick_rivals(scene, present, rng)
-    thought = f"{_count_aloud(scene, a)} {_count_aloud(scene, b)} So {a} {scene.count(a)}, {b} {scene.count(b)}."
+    thought = f"{_list_rows(scene, _number_by_color)} So {a} {scene.count(a)}, {b} {scene.count(b)}."
     return Question(kind, phrase.format(a=a, b=b), thought, "Yes" if scene.count(a) > scene.count(b) else "No")
 
 
-def _count_aloud(scene: Scene, color: str) -> str:
-    """The steps of counting one colour; a comparison takes them twice, so that both share what is learned."""
-    return f"Count {color}: 0. {_list_rows(scene, [color])} So {scene.count(color)}."
-
-
-def _list_rows(scene: Scene, counted: Sequence[str] = ()) -> str:
-    """Row by row, what is there; with counted colours, the tally after each shape."""
-    tally = 0
+def _list_rows(scene: Scene, name: Callable[[Item, Sequence[Item]], str] = lambda item, _: str(item)) -> str:
+    """Row by row, what is there; `name` says an item, given those before it."""
     rows = []
     for index in range(GRID):
-        names = []
-        for item in scene.row(index):
-            tally += item.color in counted
-            names.append(f"{item} {tally}" if counted else str(item))
+        names = [name(item, scene.items[: scene.items.index(item)]) for item in scene.row(index)]
         rows.append(f"Row {index + 1}: {', '.join(names) or 'nothing'}.")
     return " ".join(rows)
+
+
+def _number_all(item: Item, before: Sequence[Item]) -> str:
+    return f"{item} {len(before) + 1}"
+
+
+def _number_by_color(item: Item, before: Sequence[Item]) -> str:
+    """Each colour has numbers of its own: to count on, only the last shape of the colour has to be looked up."""
+    return f"{item.color} {sum(other.color == item.color for other in before) + 1}"
 
 
 def _name_one_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:

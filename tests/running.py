@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from jobs.demo import scene_rows
+from jobs.demo import CHECKPOINT, CPU_ENGINE_ARGS, scene_rows
 from pipeline.records import read_part
 
 R4B = str(Path(sys.executable).with_name("r4b"))
@@ -93,6 +93,13 @@ def simulated_spec(folder: Path, **engine: Any) -> dict[str, Any]:
         | {"simulation": simulation},
         "output": {"url": str(folder / "out"), "chunk_rows": 16, "keep_columns": ["truth"]},
     }
+
+
+def real_spec(folder: Path) -> dict[str, Any]:
+    """The same job on the small checkpoint through vLLM, on this CPU."""
+    engine = {"model": str(CHECKPOINT), "num_gpus": 0, "max_num_seqs": 64, "args": CPU_ENGINE_ARGS}
+    sampling = {"temperature": 0.0, "max_tokens": 256}
+    return simulated_spec(folder) | {"engine": engine, "sampling": sampling}
 
 
 def write_spec(folder: Path, spec: dict[str, Any]) -> str:

@@ -1,20 +1,25 @@
 """What a killed, interrupted or doubled driver leaves behind: every planned row once, nothing committed done again.
 
-On the simulated engine, so that five kills of a 2,000-row job take a minute; Ray and the commits are real.
+On the simulated engine, so that five kills of a 2,000-row job take a minute; Ray and the commits are real. The tests
+of kills and of two drivers run on vLLM as well, marked slow.
 """
 
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 from tests.running import (
     keys_of,
     kill_tree,
     r4b,
     read_output,
+    real_spec,
     simulated_spec,
     started_r4b,
     write_scene_shards,
@@ -22,6 +27,18 @@ from tests.running import (
 )
 
 SLOW = {"simulation": {"seconds_per_token": 0.004}}
+SpecMaker = Callable[[Path], dict[str, Any]]
+
+
+def slow_simulated_spec(folder: Path) -> dict[str, Any]:
+    return simulated_spec(folder, **SLOW)
+
+
+on_both_engines = pytest.mark.parametrize(
+    "make_spec",
+    [slow_simulated_spec, pytest.param(real_spec, marks=[pytest.mark.slow, pytest.mark.timeout(2400)])],
+    ids=["simulated", "vllm"],
+)
 
 
 def parts_of(folder: Path) -> dict[str, tuple[int, int]]:
@@ -36,9 +53,10 @@ def wait_for_parts(folder: Path, at_least: int, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def test_driver_killed_five_times_ends_with_every_row_once(tmp_path: Path) -> None:
+@on_both_engines
+def test_driver_killed_five_times_ends_with_every_row_once(tmp_path: Path, make_spec: SpecMaker) -> None:
     write_scene_shards(tmp_path / "in", 2000, rows_per_shard=500)
-    path, out = write_spec(tmp_path, simulated_spec(tmp_path, **SLOW)), tmp_path / "out"
+    path, out = write_spec(tmp_path, make_spec(tmp_path)), tmp_path / "out"
     rng = random.Random(7)
     seen: dict[str, tuple[int, int]] = {}
     for _ in range(5):
@@ -51,7 +69,7 @@ def test_driver_killed_five_times_ends_with_every_row_once(tmp_path: Path) -> No
         seen = now
         assert keys_of(read_output(out)) != []
         assert not (out / "_SUCCESS").exists()
-    finished = r4b("run", path, "--json")
+    finished = r4b("run", path, "--json", timeout=1200)
     assert finished.code == 0, finished.stderr
     assert {name: parts_of(out)[name] for name in seen} == seen
     keys = keys_of(read_output(out))
@@ -60,13 +78,14 @@ def test_driver_killed_five_times_ends_with_every_row_once(tmp_path: Path) -> No
     assert (out / "_SUCCESS").exists()
 
 
-def test_two_drivers_at_once_give_every_row_once(tmp_path: Path) -> None:
+@on_both_engines
+def test_two_drivers_at_once_give_every_row_once(tmp_path: Path, make_spec: SpecMaker) -> None:
     write_scene_shards(tmp_path / "in", 300)
-    path, out = write_spec(tmp_path, simulated_spec(tmp_path, **SLOW)), tmp_path / "out"
+    path, out = write_spec(tmp_path, make_spec(tmp_path)), tmp_path / "out"
     with started_r4b("run", path) as first, started_r4b("run", path) as second:
         codes = []
         for process in (first, second):
-            _, stderr = process.communicate(timeout=300)
+            _, stderr = process.communicate(timeout=600)
             codes.append((process.returncode, stderr))
     assert [code for code, _ in codes] == [0, 0], codes
     keys = keys_of(read_output(out))

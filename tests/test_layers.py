@@ -35,7 +35,7 @@ RANKS = {
 }
 """A module imports only from lower ranks. A package stands for its modules unless they have ranks of their own."""
 
-FAMILIES = ("pipeline.engine", "jobs", "deployments")
+FAMILIES = ("pipeline.engine", "pipeline.storage", "jobs", "deployments")
 """Packages whose modules may import each other."""
 
 ALLOWED_SIDEWAYS = {("pipeline.records", "pipeline.errors")}
@@ -43,8 +43,8 @@ ALLOWED_SIDEWAYS = {("pipeline.records", "pipeline.errors")}
 OWNERS = {
     "vllm": {"pipeline.engine.vllm_engine"},
     "ray": {"pipeline.batch"},
-    "boto3": {"pipeline.storage"},
-    "botocore": {"pipeline.storage"},
+    "boto3": {"pipeline.storage.s3"},
+    "botocore": {"pipeline.storage.s3"},
 }
 """The only modules that may import these packages."""
 

@@ -1,0 +1,170 @@
+"""Objects in any store that speaks S3, through boto3, whose retries with backoff these are."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, BinaryIO, cast
+
+import boto3
+import botocore.config
+import botocore.exceptions
+
+from pipeline.errors import ShardChangedError, StorageError
+from pipeline.spec import StorageSpec
+from pipeline.storage.contract import ObjectInfo
+from pipeline.storage.urls import glob_to_regex, is_glob, split_s3
+
+TIMEOUT_S = 30.0
+
+
+@lru_cache(maxsize=8)
+def _s3_client(spec: StorageSpec, timeout_s: float) -> Any:
+    config = botocore.config.Config(
+        retries={"mode": "standard", "max_attempts": 8},
+        connect_timeout=timeout_s,
+        read_timeout=timeout_s,
+        max_pool_connections=32,
+        # Stores other than AWS's reject the checksum trailers that boto3 sends by default.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.client("s3", endpoint_url=spec.endpoint_url, region_name=spec.region, config=config)
+
+
+class S3Store:
+    """Any store that speaks S3 and honours `If-None-Match: *` (others lose only the guard against races)."""
+
+    def __init__(self, spec: StorageSpec, timeout_s: float = TIMEOUT_S) -> None:
+        self.client = _s3_client(spec, timeout_s)
+
+    def list(self, url: str) -> Iterator[ObjectInfo]:
+        bucket, key = split_s3(url)
+        if key and not key.endswith("/") and (one := self.stat(url)) is not None:
+            yield one
+            return
+        prefix = key[: min(key.index(char) for char in "*?[" if char in key)] if is_glob(url) else key
+        if not is_glob(url) and prefix and not prefix.endswith("/"):
+            prefix += "/"
+        pattern = glob_to_regex(key)
+        with _told(url):
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for item in page.get("Contents", ()):
+                    if item["Key"].endswith("/") or (is_glob(url) and not pattern.fullmatch(item["Key"])):
+                        continue
+                    yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
+
+    def open(self, url: str, version: str | None = None) -> BinaryIO:
+        info = self.stat(url)
+        if info is None:
+            raise ShardChangedError(f"{url} is gone.")
+        if version is not None and info.version != version:
+            raise ShardChangedError(f"{url} changed after the job was planned; run the job again to plan it anew.")
+        return cast(BinaryIO, _S3Reader(self.client, info))
+
+    def read(self, url: str, version: str | None = None) -> bytes:
+        return self.open(url, version).read()
+
+    def stat(self, url: str) -> ObjectInfo | None:
+        bucket, key = split_s3(url)
+        with _told(url):
+            try:
+                head = self.client.head_object(Bucket=bucket, Key=key)
+            except botocore.exceptions.ClientError as error:
+                if _status(error) == 404:
+                    return None
+                raise
+        return ObjectInfo(url, head["ETag"].strip('"'), head["ContentLength"])
+
+    def put_if_absent(self, url: str, data: bytes) -> bool:
+        return self._put_if(url, data, IfNoneMatch="*")
+
+    def put(self, url: str, data: bytes) -> None:
+        bucket, key = split_s3(url)
+        with _told(url):
+            self.client.put_object(Bucket=bucket, Key=key, Body=data)
+
+    def replace(self, url: str, data: bytes, version: str) -> bool:
+        return self._put_if(url, data, IfMatch=f'"{version}"')
+
+    def _put_if(self, url: str, data: bytes, **condition: str) -> bool:
+        bucket, key = split_s3(url)
+        with _told(url):
+            try:
+                self.client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+            except botocore.exceptions.ClientError as error:
+                if _status(error) == 412 or _code(error) == "NoSuchKey":
+                    return False
+                raise
+        return True
+
+    def delete(self, url: str) -> None:
+        bucket, key = split_s3(url)
+        with _told(url):
+            self.client.delete_object(Bucket=bucket, Key=key)
+
+
+class _S3Reader(io.RawIOBase):
+    """Range reads of one object, each tied to the version that was opened."""
+
+    def __init__(self, client: Any, info: ObjectInfo) -> None:
+        self._client, self._info, self._position = client, info, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readall(self) -> bytes:
+        return self.read(max(0, self._info.size - self._position))  # in one request, not in io's small steps
+
+    def readinto(self, buffer: Any) -> int:
+        start, stop = self._position, min(self._position + len(buffer), self._info.size)
+        if start >= stop:
+            return 0
+        bucket, key = split_s3(self._info.url)
+        with _told(self._info.url):
+            try:
+                response = self._client.get_object(
+                    Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=f'"{self._info.version}"'
+                )
+                data = response["Body"].read()
+            except botocore.exceptions.ClientError as error:
+                if _status(error) in (404, 412):
+                    raise ShardChangedError(f"{self._info.url} changed or vanished while it was read.") from error
+                raise
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+@contextlib.contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Turn boto3's errors into one sentence that names the object; no header, no credential."""
+    try:
+        yield
+    except botocore.exceptions.NoCredentialsError as error:
+        raise StorageError(
+            f"{url}: no S3 credentials found where boto3 looks (AWS_ACCESS_KEY_ID, a profile, a role)."
+        ) from error
+    except botocore.exceptions.ClientError as error:
+        raise StorageError(f"{url}: the store answered {_code(error)} ({_status(error)}).") from error
+    except botocore.exceptions.BotoCoreError as error:
+        raise StorageError(f"{url}: the store cannot be reached ({type(error).__name__}).") from error
+
+
+def _status(error: botocore.exceptions.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(error: botocore.exceptions.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "an error"))
