@@ -4,8 +4,8 @@
 
 The model is R-4B's architecture (SigLIP tower, projector with pre-norm, Qwen3, anyres tiles) at 1.6 M parameters.
 It learns the wire forms of R-4B: in `auto` it decides by its first token whether to think, in `long` the prompt
-has opened the thought, in `short` the prompt has closed it. Questions that need counting are trained half of the
-time with a thought and half of the time without, so that a comparison of `long` with `short` is a fair one.
+has opened the thought, in `short` the prompt has closed it. Questions that need counting are asked in `short` as
+often as in `long`, so that a comparison of the two is a fair one.
 Seeded: the same steps on the same versions give the same weights up to floating-point order.
 Not covered: evaluation (`evaluate_shapes.py`), and any model but this one.
 """
@@ -53,6 +53,8 @@ MAX_TILES = 9
 """vLLM counts image tokens without the anyres_max_9 shrinking that the model does: no grid may exceed nine tiles."""
 PINPOINTS = [[TILE * h, TILE * w] for h in range(1, 7) for w in range(1, 7) if h * w <= MAX_TILES]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+ASKED = (*KINDS, "count_color", "compare", "count_color")
+"""The questions about each scene of a step: what is hardest to learn, two or three times."""
 DIRECT_WEIGHT = 2.0
 """How much a token of a direct answer counts against one of a thought or a caption."""
 THOUGHT_TAGS = ["<think>", "</think>"]
@@ -188,8 +190,8 @@ def completion_text(question: Question, mode: str) -> str:
 
 
 def pick_mode(question: Question, rng: random.Random) -> str:
-    """Half of the counting questions are answered without a thought: `short` is trained as honestly as `long`."""
-    weights = (0.3, 0.2, 0.5) if question.kind in THINKING_KINDS else (0.5, 0.25, 0.25)
+    """Counting questions are asked in `short` as often as in `long`: it is trained as honestly."""
+    weights = (0.30, 0.35, 0.35) if question.kind in THINKING_KINDS else (0.5, 0.25, 0.25)
     return rng.choices(("auto", "long", "short"), weights)[0]
 
 
@@ -218,7 +220,7 @@ class Batches:
         num_tokens = self.processor._get_number_of_features(size[1], size[0], TILE, TILE)
         rows = []
         for index, scene in enumerate(scenes):
-            for kind in (*KINDS, "count_color"):
+            for kind in ASKED:
                 question = ask(scene, kind, variant=self.rng.randrange(1_000_000))
                 rows.append(self._row(index, question, num_tokens))
         return dict(pixels), rows
@@ -273,7 +275,7 @@ def split_by_length(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     for row in rows:
         length = len(row.completion_ids)
-        parts[0 if length <= 12 else 1 if length <= 75 else 2].append(row)
+        parts[0 if length <= 12 else 1 if length <= 95 else 2].append(row)
     return parts
 
 
@@ -447,7 +449,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5500, help="optimizer steps (default 5500)")
     parser.add_argument("--vision-steps", type=int, default=600, help="steps of the vision stage (default 600)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes-per-step", type=int, default=8, help="each gives six questions (default 8)")
+    parser.add_argument("--scenes-per-step", type=int, default=7, help="each gives eight questions (default 7)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     parser.add_argument("--resume", type=Path, default=None, help="start from this checkpoint's weights")
     args = parser.parse_args()

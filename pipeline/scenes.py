@@ -143,11 +143,26 @@ def ask(scene: Scene, kind: str, variant: int = 0) -> Question:
     if kind == "count_color":
         a = rng.choice(present) if rng.random() < 0.9 else rng.choice(sorted(COLORS))
         number = str(scene.count(a))
-        thought = f"{_list_rows(scene, _number_by_color)} So {a} {number}."
-        return Question(kind, phrase.format(a=a), thought, number)
+        return Question(kind, phrase.format(a=a), _count_aloud(scene, a), number)
     a, b = _pick_rivals(scene, present, rng)
-    thought = f"{_list_rows(scene, _number_by_color)} So {a} {scene.count(a)}, {b} {scene.count(b)}."
+    thought = f"{_count_aloud(scene, a)} {_count_aloud(scene, b)} So {a} {scene.count(a)}, {b} {scene.count(b)}."
     return Question(kind, phrase.format(a=a, b=b), thought, "Yes" if scene.count(a) > scene.count(b) else "No")
+
+
+def _count_aloud(scene: Scene, color: str) -> str:
+    """The steps of counting one colour; a comparison takes them twice, so that both share what is learned.
+
+    The tally stands after every shape, counted or not: the next number depends on the last one and on one colour.
+    """
+
+    def keep_tally(item: Item, before: Sequence[Item]) -> str:
+        return f"{item.color} {sum(other.color == color for other in (*before, item))}"
+
+    return f"Count {color}: 0. {_list_rows(scene, keep_tally)} So {scene.count(color)}."
+
+
+def _number_all(item: Item, before: Sequence[Item]) -> str:
+    return f"{item} {len(before) + 1}"
 
 
 def _list_rows(scene: Scene, name: Callable[[Item, Sequence[Item]], str] = lambda item, _: str(item)) -> str:
@@ -157,15 +172,6 @@ def _list_rows(scene: Scene, name: Callable[[Item, Sequence[Item]], str] = lambd
         names = [name(item, scene.items[: scene.items.index(item)]) for item in scene.row(index)]
         rows.append(f"Row {index + 1}: {', '.join(names) or 'nothing'}.")
     return " ".join(rows)
-
-
-def _number_all(item: Item, before: Sequence[Item]) -> str:
-    return f"{item} {len(before) + 1}"
-
-
-def _number_by_color(item: Item, before: Sequence[Item]) -> str:
-    """Each colour has numbers of its own: to count on, only the last shape of the colour has to be looked up."""
-    return f"{item.color} {sum(other.color == item.color for other in before) + 1}"
 
 
 def _name_one_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
