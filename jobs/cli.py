@@ -33,6 +33,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 endpoint_option = click.option("--endpoint-url", metavar="URL", help="S3 endpoint to find OUTPUT at, if it is not AWS.")
 
 
+def storage_at(endpoint_url: str | None) -> StorageSpec:
+    """The store that `--endpoint-url` names."""
+    try:
+        return StorageSpec(endpoint_url=endpoint_url)
+    except ValueError as error:  # without the value: it may hold a password
+        raise SpecError("--endpoint-url must not hold a user or a password; boto3 finds those itself.") from error
+
+
 def say(message: str) -> None:
     """A line for the person at the terminal."""
     click.echo(message, err=True)
@@ -170,10 +178,13 @@ def status(output: str, endpoint_url: str | None, as_json: bool) -> None:
     from pipeline.spec import parse_spec
     from pipeline.storage import absolute_url
 
-    found = read_job_file(absolute_url(output), StorageSpec(endpoint_url=endpoint_url))
+    found = read_job_file(absolute_url(output), storage_at(endpoint_url))
     job = parse_spec(found["spec"], f"{output}/_job.json")
     # The output may have been moved or copied since; OUTPUT is where it is now.
-    job = job.model_copy(update={"output": job.output.model_copy(update={"url": absolute_url(output)})})
+    changes: dict[str, Any] = {"output": job.output.model_copy(update={"url": absolute_url(output)})}
+    if endpoint_url is not None:
+        changes["storage"] = job.storage.model_copy(update={"endpoint_url": endpoint_url})
+    job = job.model_copy(update=changes)
     place = Output(job, found["made_with"])
     committed = committed_chunks(place)
     totals = Manifest(job.name, found["fingerprint"], job.engine.model, len(committed))
@@ -212,7 +223,7 @@ def report(output: str, endpoint_url: str | None, truth: str | None, by: str | N
     from jobs.demo import report_lines
     from pipeline.report import make_report
 
-    made = make_report(output, StorageSpec(endpoint_url=endpoint_url), truth, by)
+    made = make_report(output, storage_at(endpoint_url), truth, by)
     if as_json:
         click.echo(json.dumps(asdict(made), indent=2))
         return

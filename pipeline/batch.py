@@ -5,12 +5,10 @@ splits one. Rows of the output exist only inside the tasks that make them.
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import os
 import pickle
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from pipeline.cluster import find_cause, start_ray
 from pipeline.commits import (
     Output,
     claim_output,
@@ -36,7 +35,7 @@ from pipeline.commits import (
 from pipeline.engine import open_engine
 from pipeline.engine.contract import task_to_request
 from pipeline.engine.models import check_model, identify_model
-from pipeline.errors import EngineDiedError, ErrorRateError, JobError, R4BError, SampleError, SpecError
+from pipeline.errors import EngineDiedError, ErrorRateError, JobError, SampleError, SpecError
 from pipeline.plan import Plan, make_plan
 from pipeline.readers import read_chunk
 from pipeline.records import ChunkReport, GeneratedChunk, Generation, Manifest, ReadChunk, Task, Work, valid_text
@@ -66,14 +65,16 @@ def run_batch(
         works += error_works(output, plan, committed)
     on_start(plan, works)
     if works:
+        start_ray(job)
         reopen_output(output)
-        watch_errors(run_works(works, output), job.limits.max_error_rate, on_commit)
+        retried = frozenset(work.chunk.chunk_id for work in works if work.retry is not None)
+        watch_errors(run_works(works, output), retried, job.limits.max_error_rate, on_commit)
     return finish(output, plan, stale)
 
 
 def run_works(works: list[Work], output: Output) -> Iterator[ChunkReport]:
     """Stream the works through read, generate and commit; yields a report for each chunk as it is committed."""
-    start_ray()
+    quiet_data()
     job = output.job
     dataset = works_to_dataset(works)
     dataset = dataset.map_batches(read_batch, fn_kwargs={"job": job}, num_cpus=CPUS_PER_READ, **WHOLE_BLOCK)
@@ -106,6 +107,8 @@ class EngineActor:
         self.engine: Any = None
         self.ready_at = 0.0
         self.starting = asyncio.Lock()
+        # Images wait as the bytes that were read until the engine is near: rendering makes copies of each.
+        self.slots = asyncio.Semaphore(2 * job.engine.max_num_seqs)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         chunk: ReadChunk = from_batch(batch)
@@ -126,7 +129,8 @@ class EngineActor:
         if task.error is not None:
             return task.error
         try:
-            generation: Generation = await self.engine.generate(task_to_request(task, self.job.sampling))
+            async with self.slots:
+                generation: Generation = await self.engine.generate(task_to_request(task, self.job.sampling))
             return generation
         except SampleError as error:
             return error
@@ -184,16 +188,16 @@ def refuse_stale(output: Output, plan: Plan, committed: frozenset[str], drop: bo
     stale = plan.stale(committed)
     shards = {valid_text(chunk.shard) for chunk in plan.chunks}
     changed = [report.chunk_id for report in read_reports(output, stale) if report.shard in shards]
-    if drop:
+    if drop and changed:
+        reopen_output(output)  # before the first row is missing
         drop_parts(output, changed)
-        return sorted(set(stale) - set(changed))
-    if changed:
+    elif changed:
         raise SpecError(
             f"output.url: {len(changed)} parts, {changed[0]}.parquet among them, come from shards that changed since, "
             "or were made with another input.limit; their rows would stand twice. "
             "Remove these parts with --drop-stale, or choose another output.url."
         )
-    return stale
+    return sorted(set(stale) - set(changed))
 
 
 def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[Work]:
@@ -204,12 +208,20 @@ def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[W
 
 
 def watch_errors(
-    reports: Iterator[ChunkReport], max_error_rate: float, on_commit: Callable[[ChunkReport], None]
+    reports: Iterator[ChunkReport],
+    retried: frozenset[str],
+    max_error_rate: float,
+    on_commit: Callable[[ChunkReport], None],
 ) -> None:
-    """Drain the flow, and stop it as soon as too many rows have failed."""
+    """Drain the flow, and stop it as soon as too many rows have failed.
+
+    Chunks with errors that are done again say nothing about the whole job; `finish` judges them with all others.
+    """
     num_rows = num_errors = 0
     for report in reports:
         on_commit(report)
+        if report.chunk_id in retried:
+            continue
         num_rows += report.num_rows
         num_errors += report.num_errors
         if num_rows >= MIN_ROWS_FOR_ERROR_RATE:
@@ -241,40 +253,9 @@ def finish(output: Output, plan: Plan, stale: list[str]) -> Manifest:
     return manifest
 
 
-def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine."""
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve an engine
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes to our terminal
-        joins = bool(os.environ.get("RAY_ADDRESS"))
-        local: dict[str, Any] = {} if joins else {"address": "local", "include_dashboard": False}
-        with silent_stderr():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+def quiet_data() -> None:
+    """Ray Data without bars, chatter and impatience."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # waiting for GPUs to arrive is no failure
-
-
-@contextlib.contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Send the file descriptor itself to nowhere: Ray's C++ core greets every start there; errors are raised anyway."""
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-
-def find_cause(error: BaseException) -> BaseException:
-    """Our own error inside Ray's wrappers, or a JobError that says in a line what Ray said."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, R4BError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
-    return JobError(f"Ray: {' '.join(str(error).split())[:1000]}")

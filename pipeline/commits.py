@@ -66,8 +66,8 @@ def claim_output(output: Output, force_new: bool = False) -> None:
     try:
         if force_new:
             discard_output(output)
-        if store.put_if_absent(output.file(JOB_FILE), data):
-            return
+        if store.stat(output.file(JOB_FILE)) is None:
+            store.put_if_absent(output.file(JOB_FILE), data)
         theirs = read_job_file(output.url, output.job.storage)
     except JobError as error:
         raise SpecError(f"output.url: {error}") from error
@@ -181,6 +181,11 @@ def read_report(output: Output, chunk_id: str) -> ChunkReport:
     except pa.ArrowException as error:
         raise JobError(f"{url} is not a readable Parquet file: {error}") from error
     footer = {key.decode(): value.decode() for key, value in (metadata.metadata or {}).items() if key[:4] == b"r4b."}
+    if footer.get("r4b.fingerprint", output.fingerprint_hash) != output.fingerprint_hash:
+        raise JobError(
+            f"{url} was made with other settings than {JOB_FILE} says: another run is still writing here. "
+            "Stop it, then start over with --force-new."
+        )
     try:
         numbers: Any = {name: int(footer[f"r4b.{name}"]) for name in FOOTER_NUMBERS}
         return ChunkReport(chunk_id, footer["r4b.shard"], metadata.num_rows, **numbers)

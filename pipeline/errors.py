@@ -6,6 +6,7 @@
     │   ├── ErrorRateError   too many rows failed
     │   ├── EngineDiedError          the engine's processes are gone; a new engine is needed
     │   ├── StorageError        the object store refused or failed after its retries
+    │   │   └── StoreUnavailableError   all of it, not one object: no connection, no valid credentials, an outage
     │   └── ShardChangedError        an input shard is not what the plan saw
     └── SampleError      one row failed; it becomes an error row and the job goes on
 
@@ -35,6 +36,10 @@ class EngineDiedError(JobError):
 
 class StorageError(JobError):
     """The object store refused a request or kept failing."""
+
+
+class StoreUnavailableError(StorageError):
+    """Nothing can be had from the store: no connection, no valid credentials, an outage that outlasted the retries."""
 
 
 class ShardChangedError(JobError):

@@ -8,7 +8,7 @@ Not covered: fetching, shrinking, and decoders that hang.
 import io
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import SampleError
 from pipeline.records import DecodedImage
@@ -38,7 +38,7 @@ def decode_image(data: bytes | None, max_bytes: int, max_pixels: int) -> Decoded
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, max_pixels)
             image.load()
-            rgb = to_rgb(ImageOps.exif_transpose(image))
+            rgb = to_rgb(_upright(image))
     except SampleError:
         raise
     except UnidentifiedImageError as error:
@@ -49,6 +49,28 @@ def decode_image(data: bytes | None, max_bytes: int, max_pixels: int) -> Decoded
             raise SampleError("image_truncated", f"The image is cut short: {what}.") from error
         raise SampleError("image_corrupt", f"The image cannot be decoded: {what}.") from error
     return DecodedImage(rgb.width, rgb.height, rgb.tobytes())
+
+
+# EXIF's orientation, and what turns it upright.
+ORIENTATION_TAG = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says. Pillow's `exif_transpose` writes all other tags anew, and fails on odd ones."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # a broken EXIF block does not make the pixels wrong
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -81,7 +103,7 @@ def _deep_to_gray(values: np.ndarray) -> Image.Image:
     levels = np.nan_to_num(values.astype(np.float64))
     top = float(levels.max(initial=0.0))
     whole = np.issubdtype(values.dtype, np.integer)
-    if values.dtype == np.uint16:
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
         scale = 65535.0
     else:
         scale = next((white for white in (1.0, 255.0, 65535.0) if top <= white and not (whole and white == 1.0)), top)

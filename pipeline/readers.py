@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, SampleError, ShardChangedError, StorageError
+from pipeline.errors import JobError, SampleError, ShardChangedError, StorageError, StoreUnavailableError
 from pipeline.images import decode_image
 from pipeline.plan import input_columns
 from pipeline.prompts import THINKING_MODES, render_prompt
@@ -143,6 +143,8 @@ def _fetch_file(url: str, version: str | None, job: JobSpec) -> bytes:
             return file.read(job.limits.max_image_bytes + 1)
     except ShardChangedError as error:
         raise SampleError("image_missing", str(error)) from error
+    except StoreUnavailableError:  # no fault of this image: the job stops, and resumes when the store is back
+        raise
     except (StorageError, OSError) as error:
         raise SampleError("image_unreadable", str(error)) from error
 
@@ -157,9 +159,16 @@ def _read_folder(chunk: Chunk, job: JobSpec) -> tuple[list[_Sample], pa.Table]:
 
 def _folder_samples(chunk: Chunk, job: JobSpec) -> Iterator[_Sample]:
     for url, version in chunk.members:
-        path = url.removeprefix(chunk.shard.rstrip("/") + "/") if url != chunk.shard else url.rpartition("/")[2]
+        path = _name_in_folder(url, chunk.shard, job)
         text = valid_text(path)  # a file name need not be UTF-8
         yield _Sample(text, {"id": text, "path": text}, lambda url=url, version=version: _fetch_file(url, version, job))  # type: ignore[misc]
+
+
+def _name_in_folder(url: str, folder: str, job: JobSpec) -> str:
+    """The path below the folder; with several inputs the whole URL, for two folders may hold the same names."""
+    if len(job.input.urls) > 1:
+        return url
+    return url.removeprefix(folder.rstrip("/") + "/") if url != folder else url.rpartition("/")[2]
 
 
 def _empty_rows(num_rows: int) -> pa.Table:

@@ -132,6 +132,8 @@ class EngineSpec(_Model):
     @pydantic.field_validator("args")
     @classmethod
     def _not_twice(cls, args: dict[str, Any]) -> dict[str, Any]:
+        if "hf_token" in args:
+            raise pydantic_core.PydanticCustomError("secret", "must not hold a token; set HF_TOKEN in the environment")
         taken = sorted(set(args) & {"model", "revision", "tensor_parallel_size", "max_model_len", "max_num_seqs"})
         if taken:
             raise ValueError(f"{', '.join(taken)}: say it as engine.{taken[0]}, not in engine.args")

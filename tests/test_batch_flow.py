@@ -184,6 +184,19 @@ def test_retry_errors_redoes_only_the_error_rows(tmp_path: Path) -> None:
     assert [first["sample_id"][n].as_py() for n in changed] == ["row-7"]
 
 
+def test_retry_errors_of_a_few_bad_parts_does_not_judge_the_job_by_them(tmp_path: Path) -> None:
+    images: list[bytes | None] = [png((n % 250, n // 250, 9)) for n in range(1200)]
+    images[:5] = [None] * 5
+    write_images(tmp_path / "in" / "a.parquet", images)
+    spec = image_spec(tmp_path)
+    spec["output"]["chunk_rows"] = 128
+    manifest, _ = run(spec)
+    assert (manifest.num_errors, manifest.num_rows) == (5, 1200)
+    manifest, reports = run(spec, retry_errors=True)  # 5 of 128 rows is more than the limit, 5 of 1,200 is not
+    assert (manifest.num_errors, len(reports)) == (5, 1)
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
 def test_run_over_s3_gives_the_rows_of_the_disk(tmp_path: Path, s3: S3Server) -> None:
     write_scene_shards(tmp_path / "in", 64, rows_per_shard=32)
     local = simulated_spec(tmp_path)

@@ -59,6 +59,23 @@ def unreachable_store(spec: dict[str, Any], folder: Path) -> None:
     spec["storage"] = {"endpoint_url": "http://127.0.0.1:9"}
 
 
+def unknown_scheme(spec: dict[str, Any], folder: Path) -> None:
+    spec["output"]["url"] = "s3a://bucket/out"
+
+
+def endpoint_without_a_scheme(spec: dict[str, Any], folder: Path) -> None:
+    spec["input"]["url"] = "s3://bucket/images/"
+    spec["storage"] = {"endpoint_url": "localhost:8333"}
+
+
+def token_in_args(spec: dict[str, Any], folder: Path) -> None:
+    spec["engine"]["args"] = {"hf_token": "hf_do-not-print"}
+
+
+def more_gpus_than_here(spec: dict[str, Any], folder: Path) -> None:
+    spec["engine"]["num_gpus"] = 1000
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -72,6 +89,10 @@ def unreachable_store(spec: dict[str, Any], folder: Path) -> None:
         (output_is_a_file, "output.url"),
         (unknown_column, "qestion"),
         (unreachable_store, "s3://bucket/images/"),
+        (unknown_scheme, "s3a://"),
+        (endpoint_without_a_scheme, "localhost:8333"),
+        (token_in_args, "HF_TOKEN"),
+        (more_gpus_than_here, "need 1000 GPUs"),
     ],
 )
 def test_run_wrong_spec_exits_2_with_one_message(

@@ -38,7 +38,7 @@ from pipeline.errors import JobError, SampleError, SpecError
 from pipeline.plan import part_url
 from pipeline.records import OUTPUT_SCHEMA, Chunk, ChunkReport, Generation, Retry, read_part
 from pipeline.spec import fingerprint_parts, parse_spec
-from pipeline.storage import Store, open_store
+from pipeline.storage import LocalStore, Store, open_store
 from tests.builders import ENGINE_READY_AT, Result, make_generated, make_generation, make_job
 
 CHUNK = Chunk("s3://bucket/in/a.parquet", "etag-1", 0, 4)
@@ -350,6 +350,30 @@ def test_read_report_of_a_foreign_parquet_file_says_so(local: Output) -> None:
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(JobError, match=r"was not written by this software: its footer lacks 'r4b\."):
         read_report(local, CHUNK.chunk_id)
+
+
+def test_read_report_of_a_part_made_with_other_settings_says_so(local: Output) -> None:
+    """Such as a driver of the job that --force-new replaced, still at work."""
+    other = Output(local.job, local.fingerprint | {"prompts": "another"})
+    commit_chunk(make_generated(CHUNK, {"x": answer("yes")}), other)
+    with pytest.raises(JobError, match="made with other settings"):
+        read_report(local, CHUNK.chunk_id)
+    with pytest.raises(JobError, match="made with other settings"):
+        commit_chunk(make_generated(CHUNK, {"x": answer("no")}), local)
+
+
+def test_claim_output_on_a_store_without_conditional_writes_still_compares(
+    local: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_output(Output(local.job, local.fingerprint | {"prompts": "another"}))
+
+    def put_whatever_is_there(store: LocalStore, url: str, data: bytes) -> bool:
+        store.put(url, data)
+        return True
+
+    monkeypatch.setattr(LocalStore, "put_if_absent", put_whatever_is_there)
+    with pytest.raises(SpecError, match="prompts: was another"):
+        claim_output(local)
 
 
 def test_read_report_of_a_broken_file_names_it(local: Output) -> None:

@@ -3,13 +3,15 @@
 What only a model can show (its answers, its tokens) is in test_checkpoint.py.
 """
 
+import contextlib
 import dataclasses
 import typing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipeline.engine.contract import MAX_IMAGES
+from pipeline.engine.contract import MAX_IMAGES, EngineRequest
 from pipeline.errors import EngineDiedError, SampleError
 from pipeline.records import OUTPUT_SCHEMA, Generation
 from tests.engines import SIMULATED_SPEC, RunningEngine, question, running_engine, scene_image
@@ -34,7 +36,10 @@ def check_sense(generation: Generation) -> None:
     """What holds for every generation."""
     assert generation.mode_chosen in ("thinking", "non-thinking")
     assert (generation.reasoning is None) == (generation.mode_chosen == "non-thinking")
-    assert (generation.answer is None) == generation.thinking_truncated
+    if generation.answer is None:
+        assert generation.finish_reason == "length"
+    else:
+        assert not generation.thinking_truncated
     assert generation.finish_reason in ("stop", "length")
     assert generation.completion_tokens >= generation.reasoning_tokens + generation.answer_tokens
     assert 0 <= generation.image_tokens < generation.prompt_tokens
@@ -130,3 +135,34 @@ def test_generate_after_death_always_raises() -> None:
         for _ in range(2):
             with pytest.raises(EngineDiedError):
                 simulated.generate(question(COUNT, scene_image(1)))
+
+
+def output_that_ended(reason: str) -> Any:
+    return SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)])
+
+
+@pytest.mark.parametrize(
+    ("reasons", "raises"),
+    [
+        (["stop"], None),
+        (["length"], None),
+        (["error", "stop"], None),
+        (["error", "error"], SampleError),
+        (["repetition"], SampleError),
+        (["abort"], EngineDiedError),
+        (["error", "abort"], EngineDiedError),
+    ],
+)
+def test_request_that_vllm_gave_up_is_no_answer(
+    real_engine: RunningEngine, monkeypatch: pytest.MonkeyPatch, reasons: list[str], raises: type[Exception] | None
+) -> None:
+    """vLLM gives such requests as outputs like any other."""
+    left = iter(reasons)
+
+    async def end(request: EngineRequest) -> tuple[Any, int]:
+        return output_that_ended(next(left)), 0
+
+    monkeypatch.setattr(real_engine.engine, "_complete_once", end)
+    with contextlib.nullcontext() if raises is None else pytest.raises(raises):
+        real_engine.run(real_engine.engine.complete(question("Anything?")))
+    assert next(left, None) is None

@@ -4,6 +4,7 @@ Covers limits, damage, transparency, more than 8 bits, CMYK, EXIF orientation, a
 Not covered: decoders that hang.
 """
 
+import io
 import struct
 import time
 import zlib
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SampleError
-from pipeline.images import decode_image
+from pipeline.images import decode_image, to_rgb
 from pipeline.records import DecodedImage
 from tests.builders import encode, png_bytes
 
@@ -313,3 +314,26 @@ def test_decode_image_of_an_animation_is_its_first_frame(file_format: str) -> No
     image = decode(encode(frames[0], file_format, save_all=True, append_images=frames[1:], duration=100))
     assert (image.width, image.height) == (8, 8)
     assert pixel(image, 4, 4) == pytest.approx((220, 0, 0), abs=6)
+
+
+@pytest.mark.parametrize(("tag", "value"), [(0x011A, "ninety"), (0x0100, -1), (0x0111, "none")])
+def test_decode_image_odd_exif_beside_the_orientation_changes_nothing(tag: int, value: object) -> None:
+    """Tags that Pillow cannot write again, in images whose pixels are sound."""
+    exif = struct.pack("<2sHI", b"II", 42, 8)
+    kind, count, data = (2, len(str(value)) + 1, str(value).encode()) if isinstance(value, str) else (9, 1, b"")
+    inline = struct.pack("<i", value) if isinstance(value, int) else struct.pack("<I", 8 + 2 + 24 + 4)
+    entries = sorted([struct.pack("<HHI", tag, kind, count) + inline, struct.pack("<HHII", 0x0112, 3, 1, 6)])
+    entries.sort(key=lambda entry: struct.unpack("<H", entry[:2]))
+    exif += struct.pack("<H", 2) + b"".join(entries) + struct.pack("<I", 0) + data + b"\0"
+    sink = io.BytesIO()
+    Image.new("RGB", (20, 10), (9, 9, 9)).save(sink, "JPEG", exif=b"Exif\0\0" + exif)
+    image = decode_image(sink.getvalue(), 1 << 20, 1 << 20)
+    assert (image.width, image.height) == (10, 20)
+
+
+def test_deep_to_gray_of_either_byte_order_is_the_same() -> None:
+    little, big = (to_rgb(Image.frombytes(mode, (1, 1), raw)) for mode, raw in BOTH_ORDERS)
+    assert little.getpixel((0, 0)) == big.getpixel((0, 0)) == (1, 1, 1)
+
+
+BOTH_ORDERS = (("I;16", (200).to_bytes(2, "little")), ("I;16B", (200).to_bytes(2, "big")))

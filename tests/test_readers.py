@@ -346,6 +346,15 @@ def test_read_chunk_folder_and_glob_give_the_same_ids(tmp_path: Path) -> None:
     assert ids == [task.sample_id for task in tasks_of(folder_job(tmp_path))]
 
 
+def test_folder_ids_of_several_inputs_are_whole_urls(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(numbered_png(1))
+    urls = [str(tmp_path / "a"), str(tmp_path / "b" / "1.png")]
+    job = make_job(urls, str(tmp_path / "out"), input={"format": "images"})
+    assert [task.sample_id for task in tasks_of(job)] == [f"{tmp_path}/a/1.png", f"{tmp_path}/b/1.png"]
+
+
 def test_read_chunk_on_s3_reads_shards_paths_and_folders(s3: S3Server) -> None:
     prefix = s3.fresh_prefix("readers")
     storage = {"endpoint_url": s3.endpoint_url}

@@ -21,8 +21,10 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ResponseStreamingError
+from botocore.response import StreamingBody
 
-from pipeline.errors import ShardChangedError, StorageError
+from pipeline.errors import ShardChangedError, SpecError, StorageError, StoreUnavailableError
 from pipeline.spec import StorageSpec
 from pipeline.storage import LocalStore, S3Store, Store, absolute_url, glob_to_regex, join_url, open_store, split_s3
 from tests.s3_server import S3Server
@@ -559,6 +561,13 @@ def test_s3_put_if_absent_in_conflict_is_not_taken_for_a_taken_name() -> None:
 
 
 @pytest.mark.usefixtures("any_credentials")
+def test_s3_put_if_absent_in_conflict_is_tried_again() -> None:
+    with answering((409, "ConditionalRequestConflict"), (200, "")) as (endpoint, requests):
+        assert S3Store(StorageSpec(endpoint_url=endpoint)).put_if_absent("s3://bucket/a", b"x") is True
+    assert len(requests) == 2
+
+
+@pytest.mark.usefixtures("any_credentials")
 def test_s3_throttled_write_is_tried_again() -> None:
     with answering((503, "SlowDown"), (200, "")) as (endpoint, requests):
         store = S3Store(StorageSpec(endpoint_url=endpoint))
@@ -575,7 +584,45 @@ def test_s3_denied_write_is_told_at_once() -> None:
     assert len(requests) == 1
 
 
+@pytest.mark.usefixtures("any_credentials")
+@pytest.mark.parametrize(("answer", "unavailable"), [((403, "AccessDenied"), False), ((400, "ExpiredToken"), True)])
+def test_s3_refusal_of_one_object_differs_from_one_of_all(answer: tuple[int, str], unavailable: bool) -> None:
+    with answering(answer) as (endpoint, _), pytest.raises(StorageError) as caught:
+        S3Store(StorageSpec(endpoint_url=endpoint)).put("s3://bucket/a", b"x")
+    assert isinstance(caught.value, StoreUnavailableError) is unavailable
+
+
+def test_s3_body_cut_while_it_is_read_is_fetched_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = s3_place(s3)
+    place.put("a")
+    real, failures = StreamingBody.read, iter([True, False])
+
+    def read_or_fail(body: StreamingBody, *args: Any) -> bytes:
+        if next(failures, False):
+            raise ResponseStreamingError(error="connection reset")
+        data: bytes = real(body, *args)
+        return data
+
+    monkeypatch.setattr(StreamingBody, "read", read_or_fail)
+    assert place.store.read(place.at("a")) == b"a"
+    assert next(failures, None) is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"endpoint_url": "localhost:8333"}, {"endpoint_url": "http://127.0.0.1:9", "region": "us east"}]
+)
+def test_s3_settings_that_make_no_client_are_a_spec_error(settings: dict[str, str]) -> None:
+    with pytest.raises(SpecError, match="storage: no S3 client can be made"):
+        open_store("s3://bucket/a", StorageSpec(**settings))
+
+
 # Names.
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/a", "s3a://bucket/a", "S3://bucket/a", "https://host/a"])
+def test_absolute_url_of_a_scheme_that_is_not_read_is_a_spec_error(url: str) -> None:
+    with pytest.raises(SpecError, match="is not read here"):
+        absolute_url(url)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,14 @@ class VLLMEngine:
 
     async def complete(self, request: EngineRequest) -> tuple[RequestOutput, int]:
         """vLLM's own output for a request, with its token ids, and the number of image tokens in its prompt."""
+        final, image_tokens = await self._complete_once(request)
+        if final.outputs[0].finish_reason == "error":
+            # vLLM calls these retryable: an image may have left its cache since it was rendered, for instance.
+            final, image_tokens = await self._complete_once(request)
+        _check_finished(final)
+        return final, image_tokens
+
+    async def _complete_once(self, request: EngineRequest) -> tuple[RequestOutput, int]:
         prompt = await self._render(request)
         params = self._sampling_params(request.sampling, len(prompt["prompt_token_ids"]))
         try:
@@ -149,6 +157,8 @@ class VLLMEngine:
         answer = None if thought.answer_ids is None else self._decode(thought.answer_ids)
         if answer is not None and isinstance(completion.stop_reason, str):
             answer = answer.partition(completion.stop_reason)[0].rstrip()
+        if not answer and completion.finish_reason == "length":
+            answer = None  # cut between the thought and the answer's first word
         return Generation(
             mode_chosen=mode,
             reasoning=reasoning if mode == "thinking" else None,
@@ -169,6 +179,15 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """As the contract says."""
         self.llm.shutdown()
+
+
+def _check_finished(output: RequestOutput) -> None:
+    """vLLM gives requests that it gave up as outputs like any other; raises SampleError, or EngineDiedError."""
+    reason = output.outputs[0].finish_reason
+    if reason == "abort":  # nobody here aborts one: the engine is being stopped from outside
+        raise EngineDiedError("The engine gave up its requests: it is being stopped.")
+    if reason not in ("stop", "length"):
+        raise SampleError("engine_error", f"vLLM ended the request with {reason!r}.")
 
 
 def _find_tiling(config: Any) -> Tiling | None:

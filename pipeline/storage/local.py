@@ -118,8 +118,8 @@ class LocalStore:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Hold the folder's lock: a disk has no compare-and-swap."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Hold the folder's lock: a disk has no compare-and-swap. NFS locks only what is open for writing."""
+    handle = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Objects in any store that speaks S3, through boto3, whose retries with backoff these are."""
+"""Objects in any store that speaks S3, through boto3 and its retries; what those leave out, tenacity tries again."""
 
 import contextlib
 import io
@@ -9,13 +9,16 @@ from typing import Any, BinaryIO, cast
 import boto3
 import botocore.config
 import botocore.exceptions
+import tenacity
 
-from pipeline.errors import ShardChangedError, StorageError
+from pipeline.errors import ShardChangedError, SpecError, StorageError, StoreUnavailableError
 from pipeline.spec import StorageSpec
 from pipeline.storage.contract import ObjectInfo
 from pipeline.storage.urls import glob_to_regex, is_glob, split_s3
 
 TIMEOUT_S = 30.0
+OF_ONE_OBJECT = (403, 404, 405, 412, 416)
+"""HTTP statuses that may concern one object alone."""
 
 
 @lru_cache(maxsize=8)
@@ -36,7 +39,10 @@ class S3Store:
     """Any store that speaks S3 and honours `If-None-Match: *` (others lose only the guard against races)."""
 
     def __init__(self, spec: StorageSpec, timeout_s: float = TIMEOUT_S) -> None:
-        self.client = _s3_client(spec, timeout_s)
+        try:
+            self.client = _s3_client(spec, timeout_s)
+        except (ValueError, botocore.exceptions.BotoCoreError) as error:
+            raise SpecError(f"storage: no S3 client can be made with these settings: {error}") from error
 
     def list(self, url: str) -> Iterator[ObjectInfo]:
         bucket, key = split_s3(url)
@@ -91,7 +97,7 @@ class S3Store:
         bucket, key = split_s3(url)
         with _told(url):
             try:
-                self.client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+                _again(self.client.put_object, Bucket=bucket, Key=key, Body=data, **condition)
             except botocore.exceptions.ClientError as error:
                 if _status(error) == 412 or _code(error) == "NoSuchKey":
                     return False
@@ -134,10 +140,7 @@ class _S3Reader(io.RawIOBase):
         bucket, key = split_s3(self._info.url)
         with _told(self._info.url):
             try:
-                response = self._client.get_object(
-                    Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=f'"{self._info.version}"'
-                )
-                data = response["Body"].read()
+                data: bytes = _again(self._get_range, bucket, key, start, stop)
             except botocore.exceptions.ClientError as error:
                 if _status(error) in (404, 412):
                     raise ShardChangedError(f"{self._info.url} changed or vanished while it was read.") from error
@@ -146,6 +149,32 @@ class _S3Reader(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
+    def _get_range(self, bucket: str, key: str, start: int, stop: int) -> Any:
+        wanted = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{self._info.version}"'}
+        return self._client.get_object(Bucket=bucket, Key=key, **wanted)["Body"].read()
+
+
+def _is_passing(error: BaseException) -> bool:
+    """A lost race of conditional writes, which S3 asks to repeat, or a connection lost while a body was read."""
+    if isinstance(error, botocore.exceptions.ClientError):
+        return _status(error) == 409
+    return isinstance(error, BODY_ERRORS)
+
+
+BODY_ERRORS = (
+    botocore.exceptions.ResponseStreamingError,
+    botocore.exceptions.IncompleteReadError,
+    botocore.exceptions.ReadTimeoutError,
+)
+
+_again = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(_is_passing),
+    wait=tenacity.wait_random_exponential(0.2, max=5),
+    stop=tenacity.stop_after_attempt(6),
+    reraise=True,
+)
+"""Calls a function until it succeeds, up to six times."""
+
 
 @contextlib.contextmanager
 def _told(url: str) -> Iterator[None]:
@@ -153,13 +182,14 @@ def _told(url: str) -> Iterator[None]:
     try:
         yield
     except botocore.exceptions.NoCredentialsError as error:
-        raise StorageError(
+        raise StoreUnavailableError(
             f"{url}: no S3 credentials found where boto3 looks (AWS_ACCESS_KEY_ID, a profile, a role)."
         ) from error
     except botocore.exceptions.ClientError as error:
-        raise StorageError(f"{url}: the store answered {_code(error)} ({_status(error)}).") from error
+        kind = StorageError if _status(error) in OF_ONE_OBJECT else StoreUnavailableError
+        raise kind(f"{url}: the store answered {_code(error)} ({_status(error)}).") from error
     except botocore.exceptions.BotoCoreError as error:
-        raise StorageError(f"{url}: the store cannot be reached ({type(error).__name__}).") from error
+        raise StoreUnavailableError(f"{url}: the store cannot be reached ({type(error).__name__}).") from error
 
 
 def _status(error: botocore.exceptions.ClientError) -> int:

@@ -3,6 +3,10 @@
 import os
 import re
 
+from pipeline.errors import SpecError
+
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
 
 def join_url(base: str, *names: str) -> str:
     """`base/name/name`, for paths and URLs alike."""
@@ -13,6 +17,8 @@ def absolute_url(url: str) -> str:
     """A local path made absolute, with a trailing slash kept; URLs stay as they are."""
     if url.startswith("s3://"):
         return url
+    if (scheme := SCHEME.match(url)) and scheme[0] != "file://":
+        raise SpecError(f"{url}: {scheme[0]} is not read here; use s3://, file:// or a path.")
     path = os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
     return path + "/" if url.endswith("/") and path != "/" else path
 

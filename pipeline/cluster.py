@@ -1,0 +1,67 @@
+"""Ray itself: joining a cluster or starting one here, and finding our own errors inside Ray's.
+
+Not covered: Ray Data, which is `batch.py`'s.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from pipeline.errors import JobError, R4BError, SpecError
+from pipeline.spec import JobSpec
+
+
+def start_ray(job: JobSpec) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; raises SpecError if neither can serve."""
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve an engine
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes to our terminal
+        joins = bool(os.environ.get("RAY_ADDRESS"))
+        local: dict[str, Any] = {} if joins else {"address": "local", "include_dashboard": False}
+        try:
+            with silent_stderr():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        except (ConnectionError, ValueError) as error:
+            raise SpecError(f"RAY_ADDRESS: no Ray cluster can be joined there: {str(error).splitlines()[0]}") from error
+        if not joins:
+            check_gpus(job)
+
+
+def check_gpus(job: JobSpec) -> None:
+    """Raise SpecError if this machine, which never grows, has too few GPUs for the engines that must run."""
+    have = ray.cluster_resources().get("GPU", 0)
+    need = job.engine.num_gpus * job.engine.tensor_parallel_size * job.engine.replicas.min
+    if need > have:
+        raise SpecError(
+            f"engine: {job.engine.replicas.min} engines need {need:g} GPUs, this machine has {have:g}. Set "
+            "engine.num_gpus: 0 for a CPU, or RAY_ADDRESS to join a cluster."
+        )
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Send the file descriptor itself to nowhere: Ray's C++ core greets every start there; errors are raised anyway."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def find_cause(error: BaseException) -> BaseException:
+    """Our own error inside Ray's wrappers, or a JobError that says in a line what Ray said."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, R4BError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+    return JobError(f"Ray: {' '.join(str(error).split())[:1000]}")
