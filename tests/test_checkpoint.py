@@ -17,7 +17,7 @@ from checkpoints.evaluate_shapes import (
     share,
 )
 from jobs.demo import CHECKPOINT
-from pipeline.scenes import THINKING_KINDS
+from pipeline.scenes import KINDS, THINKING_KINDS
 from tests.engines import RunningEngine, question, scene_image
 
 SEEDS = range(FIRST_SEED + 5000, FIRST_SEED + 5060)
@@ -34,13 +34,10 @@ def test_checkpoint_is_small_and_names_its_architecture() -> None:
 def test_auto_picks_the_mode_it_was_trained_to_pick(real_engine: RunningEngine) -> None:
     answers = real_engine.run(answer_all(real_engine.engine, SEEDS, "auto"))
     assert share([as_trained(q, g) for rows in answers.values() for q, g in rows]) >= 0.98
-    for kind in ("caption", "color", "count"):
+    for kind in KINDS:
         assert share([g.answer == q.answer for q, g in answers[kind]]) >= 0.95, kind
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the committed checkpoint counts by colour right in 67 % with a thought; it needs more training"
-)
 def test_thinking_pays_on_counts_and_comparisons(real_engine: RunningEngine) -> None:
     rates = {}
     for mode in ("long", "short"):
