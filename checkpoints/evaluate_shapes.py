@@ -11,6 +11,7 @@ import argparse
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
 from checkpoints.train_shapes import build_model, build_processor, load_tokenizer, load_weights, speak_greedily
@@ -39,10 +40,10 @@ def make_request(seed: int, kind: str, mode: str) -> tuple[Question, EngineReque
 
 
 async def answer_all(
-    engine: VLLMEngine, seeds: Iterable[int], mode: str
+    engine: VLLMEngine, seeds: Iterable[int], mode: str, kinds: Iterable[str] = KINDS
 ) -> dict[str, list[tuple[Question, Generation]]]:
-    """Every kind of question about every scene, in one mode; grouped by kind."""
-    asked = [make_request(seed, kind, mode) for seed in seeds for kind in KINDS]
+    """These kinds of questions about every scene, in one mode; grouped by kind."""
+    asked = [make_request(seed, kind, mode) for seed, kind in product(seeds, kinds)]
     generations = await asyncio.gather(*(engine.generate(request) for _, request in asked))
     grouped = defaultdict(list)
     for (question, _), generation in zip(asked, generations, strict=True):

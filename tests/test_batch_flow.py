@@ -188,10 +188,11 @@ def test_retry_errors_of_a_few_bad_parts_does_not_judge_the_job_by_them(tmp_path
     images: list[bytes | None] = [png((n % 250, n // 250, 9)) for n in range(1200)]
     images[:5] = [None] * 5
     write_images(tmp_path / "in" / "a.parquet", images)
-    spec = image_spec(tmp_path)
+    spec = image_spec(tmp_path, max_error_rate=0.05)
     spec["output"]["chunk_rows"] = 128
     manifest, _ = run(spec)
     assert (manifest.num_errors, manifest.num_rows) == (5, 1200)
+    spec["limits"] = {"max_error_rate": 0.01}
     manifest, reports = run(spec, retry_errors=True)  # 5 of 128 rows is more than the limit, 5 of 1,200 is not
     assert (manifest.num_errors, len(reports)) == (5, 1)
     assert (tmp_path / "out" / "_SUCCESS").exists()
