@@ -388,15 +388,15 @@ def test_local_replace_waits_for_the_lock_and_then_looks_at_the_version(tmp_path
     assert info is not None
     results: list[bool] = []
     thread = threading.Thread(target=lambda: results.append(store.replace(path, b"mine", info.version)))
-    folder = os.open(tmp_path, os.O_RDONLY)
+    holder = os.open(path, os.O_RDWR)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        fcntl.flock(holder, fcntl.LOCK_EX)
         thread.start()
         thread.join(0.5)
         assert thread.is_alive()
-        Path(path).write_bytes(b"of another writer")
+        store.put(path, b"of another writer")
     finally:
-        os.close(folder)
+        os.close(holder)
     thread.join(30)
     assert results == [False]
     assert store.read(path) == b"of another writer"

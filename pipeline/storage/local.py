@@ -84,7 +84,7 @@ class LocalStore:
 
     def replace(self, url: str, data: bytes, version: str) -> bool:
         path = absolute_url(url)
-        with self._complete_file(path, data) as temporary, _locked(os.path.dirname(path)):
+        with self._complete_file(path, data) as temporary, _locked(path):
             current = self.stat(path)
             if current is None or current.version != version:
                 return False
@@ -117,9 +117,17 @@ class LocalStore:
 
 
 @contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Hold the folder's lock: a disk has no compare-and-swap. NFS locks only what is open for writing."""
-    handle = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+def _locked(path: str) -> Iterator[None]:
+    """Hold the lock of the file that `path` is now, if it is: a disk has no compare-and-swap.
+
+    Who waited for the lock of a file that was replaced meanwhile finds another version at `path`. NFS locks only what
+    is open for writing.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        yield
+        return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
