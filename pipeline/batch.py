@@ -63,9 +63,10 @@ def run_batch(
     works = [Work(chunk) for chunk in plan.without(committed).chunks]
     if retry_errors:
         works += error_works(output, plan, committed)
-    on_start(plan, works)
     if works:
         start_ray(job)
+    on_start(plan, works)
+    if works:
         reopen_output(output)
         retried = frozenset(work.chunk.chunk_id for work in works if work.retry is not None)
         watch_errors(run_works(works, output), retried, job.limits.max_error_rate, on_commit)
