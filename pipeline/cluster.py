@@ -27,7 +27,8 @@ def start_ray(job: JobSpec) -> None:
             with silent_stderr():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, ValueError) as error:
-            raise SpecError(f"RAY_ADDRESS: no Ray cluster can be joined there: {str(error).splitlines()[0]}") from error
+            what = "RAY_ADDRESS: no Ray cluster can be joined there" if joins else "Ray cannot be started here"
+            raise SpecError(f"{what}: {' '.join(str(error).split())[:300]}") from error
         if not joins:
             check_gpus(job)
 
@@ -38,8 +39,8 @@ def check_gpus(job: JobSpec) -> None:
     need = job.engine.num_gpus * job.engine.tensor_parallel_size * job.engine.replicas.min
     if need > have:
         raise SpecError(
-            f"engine: {job.engine.replicas.min} engines need {need:g} GPUs, this machine has {have:g}. Set "
-            "engine.num_gpus: 0 for a CPU, or RAY_ADDRESS to join a cluster."
+            f"engine.num_gpus: the job needs {need:g} GPUs to start, this machine has {have:g}. "
+            "Set engine.num_gpus: 0 for a CPU, or RAY_ADDRESS to join a cluster."
         )
 
 

@@ -92,7 +92,7 @@ def more_gpus_than_here(spec: dict[str, Any], folder: Path) -> None:
         (unknown_scheme, "s3a://"),
         (endpoint_without_a_scheme, "localhost:8333"),
         (token_in_args, "HF_TOKEN"),
-        (more_gpus_than_here, "need 1000 GPUs"),
+        (more_gpus_than_here, "needs 1000 GPUs"),
     ],
 )
 def test_run_wrong_spec_exits_2_with_one_message(

@@ -170,10 +170,10 @@ BODY_ERRORS = (
 _again = tenacity.Retrying(
     retry=tenacity.retry_if_exception(_is_passing),
     wait=tenacity.wait_random_exponential(0.2, max=5),
-    stop=tenacity.stop_after_attempt(6),
+    stop=tenacity.stop_after_attempt(6) | tenacity.stop_after_delay(60),  # boto3 has tried for longer by then
     reraise=True,
 )
-"""Calls a function until it succeeds, up to six times."""
+"""Calls a function until it succeeds, up to six times within a minute."""
 
 
 @contextlib.contextmanager
