@@ -9,6 +9,7 @@ Not covered: scenes unlike the drawn ones.
 
 import argparse
 import asyncio
+import io
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -18,7 +19,7 @@ from checkpoints.train_shapes import build_model, build_processor, load_tokenize
 from jobs.demo import CPU_ENGINE_ARGS
 from pipeline.engine.contract import EngineRequest
 from pipeline.engine.vllm_engine import VLLMEngine
-from pipeline.records import DecodedImage, Generation
+from pipeline.records import EncodedImage, Generation
 from pipeline.scenes import KINDS, THINKING_KINDS, Question, ask, draw_scene, make_scene
 from pipeline.spec import EngineSpec, SamplingSpec
 
@@ -32,8 +33,9 @@ def make_request(seed: int, kind: str, mode: str) -> tuple[Question, EngineReque
     """A question about a held-out scene, and the request that asks it."""
     scene = make_scene(seed)
     question = ask(scene, kind)
-    picture = draw_scene(scene)
-    image = DecodedImage(picture.width, picture.height, picture.tobytes())
+    picture, buffer = draw_scene(scene), io.BytesIO()
+    picture.save(buffer, "PNG")
+    image = EncodedImage(picture.width, picture.height, buffer.getvalue())
     content = [{"type": "image"}, {"type": "text", "text": question.text}]
     messages = [{"role": "user", "content": content}]
     return question, EngineRequest(messages, [image], mode, SamplingSpec(max_tokens=MAX_TOKENS))

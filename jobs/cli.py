@@ -104,14 +104,13 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
 
         def on_start(plan: Plan, works: list[Work]) -> None:
             nonlocal bar
-            rows = plan.num_samples * len(job.prompts)
-            rows_to_do = sum(work.chunk.num_samples for work in works) * len(job.prompts)
-            say(
-                f"{job.name}: {plan.num_shards} shards, {plan.num_samples} samples, {rows} rows in "
-                f"{len(plan.chunks)} chunks; {len(works)} chunks to do"
-            )
+            for note in plan.notes:
+                say(note)
+            say(f"{job.name}: {describe_plan(job, plan)}; {describe_work(plan, works)} to do")
+            rows_to_do = sum(work.chunk.num_samples for work in works) * len(job.spec_prompts)
             pause = 1 if sys.stderr.isatty() else 15
-            bar = stack.enter_context(tqdm(total=rows_to_do, unit="row", file=sys.stderr, mininterval=pause))
+            total = None if plan.streams or job.prompt_shards or job.input.selects else rows_to_do
+            bar = stack.enter_context(tqdm(total=total, unit="row", file=sys.stderr, mininterval=pause))
 
         def on_commit(report: ChunkReport) -> None:
             nonlocal generated
@@ -122,6 +121,22 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
     return manifest, generated
 
 
+def describe_plan(job: JobSpec, plan: Plan) -> str:
+    """How large the job is, as far as it is known before it is read."""
+    text = f"{plan.num_shards} shards, {plan.num_samples} samples"
+    if not plan.streams and job.prompt_shards is None:
+        text += f", {plan.num_samples * len(job.spec_prompts)} rows"
+    text += f" in {len(plan.chunks)} chunks"
+    return text + (
+        f", and {len(plan.streams)} shards whose samples are counted as they are read" if plan.streams else ""
+    )
+
+
+def describe_work(plan: Plan, works: list[Work]) -> str:
+    """What of it is left."""
+    return f"{len(works)} chunks" + (f" and {len(plan.streams)} shards" if plan.streams else "")
+
+
 def describe_manifest(job: JobSpec, manifest: Manifest) -> str:
     """A few lines about a finished job."""
     lines = [
@@ -130,6 +145,19 @@ def describe_manifest(job: JobSpec, manifest: Manifest) -> str:
         f"errors {manifest.num_errors}; {manifest.prompt_tokens} prompt and {manifest.completion_tokens} output tokens",
     ]
     lines += [f"  {count} x {name}" for name, count in sorted(manifest.errors_by_type.items())]
+    if manifest.num_left_out:
+        lines.append(
+            f"{manifest.num_left_out} of {manifest.num_samples} samples left out by input.where or input.sample"
+        )
+    if manifest.num_without_prompt:
+        lines.append(f"{manifest.num_without_prompt} of {manifest.num_samples} samples have no prompt")
+    if manifest.prompts_without_sample or manifest.prompts_unreadable:
+        lines.append(
+            f"{manifest.prompts_without_sample or 0} prompts have no sample, "
+            f"{manifest.prompts_unreadable} lines of prompt shards name none"
+        )
+        lines += [f"  {example}" for example in manifest.examples_without_sample]
+    lines += [f"damaged: {shard}" for shard in manifest.damaged_shards]
     if manifest.stale_parts:
         lines.append(f"{len(manifest.stale_parts)} parts are stale: their shards are no longer in the input.")
     return "\n".join(lines)
@@ -147,16 +175,21 @@ def plan(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
     planned = make_plan(job)
     committed = committed_if_any(job)
     left = planned.without(committed)
+    prompts = len(job.spec_prompts)
     facts = {
         "name": job.name,
+        "format": planned.format,
         "shards": planned.num_shards,
+        "shards_not_counted": len(planned.streams),
         "samples": planned.num_samples,
-        "rows": planned.num_samples * len(job.prompts),
+        "rows": planned.num_samples * prompts if prompts else None,
         "chunks": len(planned.chunks),
         "chunks_committed": len(planned.chunks) - len(left.chunks),
-        "rows_to_do": left.num_samples * len(job.prompts),
-        "stale_parts": len(planned.stale(committed)),
+        "rows_to_do": left.num_samples * prompts if prompts else None,
+        "unplanned_parts": len(planned.unplanned(committed)),
     }
+    for note in planned.notes:
+        say(note)
     show_facts(facts, as_json)
 
 
@@ -194,7 +227,7 @@ def status(output: str, endpoint_url: str | None, as_json: bool) -> None:
     try:
         planned = make_plan(job)
         facts |= {"chunks": len(planned.chunks), "chunks_left": len(planned.without(committed).chunks)}
-        facts |= {"stale_parts": len(planned.stale(committed))}
+        facts |= {"shards_not_counted": len(planned.streams), "unplanned_parts": len(planned.unplanned(committed))}
     except SpecError as error:
         facts |= {"chunks": None, "chunks_left": None, "input": str(error)}
     facts |= {"chunks_committed": len(committed), "rows": totals.num_rows, "errors": totals.num_errors}

@@ -30,6 +30,9 @@ def resolve_paths(job: JobSpec) -> JobSpec:
         "input": job.input.model_copy(update={"url": urls if isinstance(job.input.url, list) else urls[0]}),
         "output": job.output.model_copy(update={"url": absolute_url(job.output.url)}),
     }
+    if job.prompt_shards is not None:
+        prompts = job.prompt_shards
+        changes["prompts"] = prompts.model_copy(update={"url": absolute_url(prompts.url)})
     if job.engine.kind == "vllm" and is_local(job.engine.model):
         changes["engine"] = job.engine.model_copy(update={"model": absolute_url(job.engine.model)})
     return job.model_copy(update=changes)

@@ -8,11 +8,11 @@ import asyncio
 import logging
 import math
 import os
-import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,21 +25,36 @@ from pipeline.commits import (
     claim_output,
     commit_chunk,
     committed_chunks,
-    count_errors_by_type,
+    count_errors,
     drop_parts,
     finish_output,
+    has_part,
     read_reports,
     read_retry,
     reopen_output,
 )
 from pipeline.engine import open_engine
 from pipeline.engine.contract import task_to_request
-from pipeline.engine.models import check_model, identify_model
+from pipeline.engine.models import check_model, find_tiling, identify_model
 from pipeline.errors import EngineDiedError, ErrorRateError, JobError, SampleError, SpecError
-from pipeline.plan import Plan, make_plan
-from pipeline.readers import read_chunk
-from pipeline.records import ChunkReport, GeneratedChunk, Generation, Manifest, ReadChunk, Task, Work, valid_text
+from pipeline.matching import match_prompts
+from pipeline.plan import Plan, complete_plan, make_plan, make_readings
+from pipeline.readers import ReadSettings, read_chunks
+from pipeline.records import (
+    Chunk,
+    ChunkReport,
+    FailedShard,
+    GeneratedChunk,
+    Generation,
+    Manifest,
+    ReadChunk,
+    Reading,
+    Task,
+    Work,
+    valid_text,
+)
 from pipeline.spec import JobSpec, fingerprint_parts
+from pipeline.transport import from_batch, from_batches, to_batch
 
 MIN_ROWS_FOR_ERROR_RATE = 100
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
@@ -56,48 +71,57 @@ def run_batch(
     """Run a job to its end, or what an earlier run left of it; raises SpecError before, JobError after the start."""
     check_model(job.engine)
     plan = make_plan(job)
-    output = Output(job, fingerprint_parts(job, identify_model(job.engine)))
+    output = Output(
+        job, fingerprint_parts(job, identify_model(job.engine), plan.format, plan.schema, plan.prompt_table)
+    )
     claim_output(output, force_new)
     committed = committed_chunks(output)
-    stale = refuse_stale(output, plan, committed, drop_stale)
-    works = [Work(chunk) for chunk in plan.without(committed).chunks]
+    known, stale = refuse_stale(output, plan, committed, drop_stale)
+    works = [Work(chunk) for chunk in known.without(committed).chunks]
     if retry_errors:
-        works += error_works(output, plan, committed)
-    if works:
+        works += error_works(output, known, committed)
+    readings = make_readings(works, plan.streams)
+    if readings:
         start_ray(job)
     on_start(plan, works)
-    if works:
+    if readings:
         reopen_output(output)
+        settings = ReadSettings(job, plan.format, plan.schema, find_tiling(job.engine), plan.prompt_table)
         retried = frozenset(work.chunk.chunk_id for work in works if work.retry is not None)
-        watch_errors(run_works(works, output), retried, job.limits.max_error_rate, on_commit)
-    return finish(output, plan, stale)
+        outcomes = run_readings(readings, settings, output, resumes=bool(committed))
+        check_shards(watch_errors(outcomes, retried, job.limits.max_error_rate, on_commit))
+    return finish(output, complete_plan(job, plan), stale)
 
 
-def run_works(works: list[Work], output: Output) -> Iterator[ChunkReport]:
-    """Stream the works through read, generate and commit; yields a report for each chunk as it is committed."""
-    quiet_data()
+def run_readings(
+    readings: list[Reading], settings: ReadSettings, output: Output, resumes: bool
+) -> Iterator[ChunkReport | FailedShard]:
+    """Stream the input through read, generate and commit; yields a report for each chunk as it is committed."""
+    set_up_data()
     job = output.job
-    dataset = works_to_dataset(works)
-    dataset = dataset.map_batches(read_batch, fn_kwargs={"job": job}, num_cpus=CPUS_PER_READ, **WHOLE_BLOCK)
+    reading = {"settings": settings, "output": output if resumes else None}
+    dataset = readings_to_dataset(readings)
+    dataset = dataset.map_batches(read_batches, fn_kwargs=reading, num_cpus=CPUS_PER_READ, **WHOLE_BLOCK)
     with warnings.catch_warnings():  # Ray deprecates `max_restarts` here before it has another place for it
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         dataset = dataset.map_batches(EngineActor, fn_constructor_args=(job,), **engine_resources(job), **WHOLE_BLOCK)
     dataset = dataset.map_batches(commit_batch, fn_kwargs={"output": output}, num_cpus=CPUS_PER_COMMIT, **WHOLE_BLOCK)
     try:
-        for row in dataset.iter_rows():
-            yield pickle.loads(row["item"])
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from from_batches(batch)
     except Exception as error:  # Ray wraps what our own code raised in several layers of its own
         raise find_cause(error) from error
 
 
-def works_to_dataset(works: list[Work]) -> ray.data.Dataset:
-    """One row and one block for each chunk: references only."""
-    return ray.data.from_arrow([to_batch(work) for work in works])
+def readings_to_dataset(readings: list[Reading]) -> ray.data.Dataset:
+    """One row and one block for each pass over a shard: references only."""
+    return ray.data.from_arrow([to_batch(reading) for reading in readings])
 
 
-def read_batch(batch: pa.Table, job: JobSpec) -> pa.Table:
-    """CPU task: fetch, check, decode and render one chunk."""
-    return to_batch(read_chunk(from_batch(batch), job))
+def read_batches(batch: pa.Table, settings: ReadSettings, output: Output | None) -> Iterator[pa.Table]:
+    """CPU task: one pass over a shard; fetches, checks, decodes and renders, and gives a block for each chunk."""
+    is_committed = (lambda chunk_id: False) if output is None else partial(has_part, output)
+    yield from map(to_batch, read_chunks(from_batch(batch), settings, is_committed))  # no name holds a chunk longer
 
 
 class EngineActor:
@@ -112,7 +136,9 @@ class EngineActor:
         self.slots = asyncio.Semaphore(2 * job.engine.max_num_seqs)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
-        chunk: ReadChunk = from_batch(batch)
+        chunk: ReadChunk | FailedShard = from_batch(batch)
+        if isinstance(chunk, FailedShard):
+            return batch
         async with self.starting:  # here, not in the constructor: the engine lives in this event loop
             if self.engine is None:
                 self.engine = await open_engine(self.job.engine)
@@ -123,7 +149,7 @@ class EngineActor:
             # An engine that died never recovers in its process; exiting lets Ray restart the actor, retry its chunks.
             os._exit(1)
         tasks = tuple(replace(task, images=()) for task in chunk.tasks)
-        return to_batch(GeneratedChunk(chunk.work, tasks, tuple(results), chunk.kept, self.ready_at))
+        return to_batch(GeneratedChunk(chunk.work, tasks, tuple(results), chunk.kept, chunk.counts, self.ready_at))
 
     async def answer(self, task: Task) -> Generation | SampleError:
         """One row's generation, or what is wrong with it."""
@@ -139,17 +165,8 @@ class EngineActor:
 
 def commit_batch(batch: pa.Table, output: Output) -> pa.Table:
     """CPU task: one atomic write."""
-    return to_batch(commit_chunk(from_batch(batch), output))
-
-
-def to_batch(item: Any) -> pa.Table:
-    """A Ray Data batch of one row, the pickled `item`."""
-    return pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())})
-
-
-def from_batch(batch: pa.Table) -> Any:
-    """The item of a batch that `to_batch` made."""
-    return pickle.loads(batch.column("item")[0].as_buffer())
+    chunk: GeneratedChunk | FailedShard = from_batch(batch)
+    return batch if isinstance(chunk, FailedShard) else to_batch(commit_chunk(chunk, output))
 
 
 # Together one core, so that a job runs on a machine that has no more. A read must not reserve what a CPU engine
@@ -163,7 +180,7 @@ def engine_resources(job: JobSpec) -> dict[str, Any]:
     """The actor pool: its size, what each actor reserves, and how many chunks each holds."""
     engine = job.engine
     num_gpus = engine.num_gpus * engine.tensor_parallel_size
-    chunks = chunks_in_flight(engine.max_num_seqs, job.output.chunk_rows * len(job.prompts))
+    chunks = chunks_in_flight(engine.max_num_seqs, job.output.chunk_rows * max(1, len(job.spec_prompts)))
     pool = ray.data.ActorPoolStrategy(
         min_size=engine.replicas.min,
         max_size=engine.replicas.max,
@@ -184,11 +201,22 @@ def chunks_in_flight(max_num_seqs: int, rows_per_chunk: int) -> int:
     return 2 * math.ceil(max_num_seqs / rows_per_chunk) + 2
 
 
-def refuse_stale(output: Output, plan: Plan, committed: frozenset[str], drop: bool) -> list[str]:
-    """Parts of shards that changed would show their rows twice: raise SpecError, or drop them; others are reported."""
-    stale = plan.stale(committed)
-    shards = {valid_text(chunk.shard) for chunk in plan.chunks}
-    changed = [report.chunk_id for report in read_reports(output, stale) if report.shard in shards]
+def refuse_stale(output: Output, plan: Plan, committed: frozenset[str], drop: bool) -> tuple[Plan, list[str]]:
+    """Parts of shards that changed would show their rows twice: raise SpecError, or drop them; others are reported.
+
+    Gives the plan with the committed chunks of its streams, and the chunk ids of parts whose shards are gone.
+    """
+    streams = {valid_text(shard.url): shard for shard in plan.streams}
+    shards = {valid_text(chunk.shard) for chunk in plan.chunks} | set(streams)
+    changed: list[str] = []
+    gone: list[str] = []
+    read: list[Chunk] = []
+    for report in read_reports(output, plan.unplanned(committed)):
+        stream = streams.get(report.shard)
+        if stream is not None and stream.chunk(report.start, report.stop).chunk_id == report.chunk_id:
+            read.append(stream.chunk(report.start, report.stop))
+        else:
+            (changed if report.shard in shards else gone).append(report.chunk_id)
     if drop and changed:
         reopen_output(output)  # before the first row is missing
         drop_parts(output, changed)
@@ -198,7 +226,7 @@ def refuse_stale(output: Output, plan: Plan, committed: frozenset[str], drop: bo
             "or were made with another input.limit; their rows would stand twice. "
             "Remove these parts with --drop-stale, or choose another output.url."
         )
-    return sorted(set(stale) - set(changed))
+    return replace(plan, chunks=(*plan.chunks, *read)), gone
 
 
 def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[Work]:
@@ -209,17 +237,21 @@ def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[W
 
 
 def watch_errors(
-    reports: Iterator[ChunkReport],
+    outcomes: Iterator[ChunkReport | FailedShard],
     retried: frozenset[str],
     max_error_rate: float,
     on_commit: Callable[[ChunkReport], None],
-) -> None:
-    """Drain the flow, and stop it as soon as too many rows have failed.
+) -> list[FailedShard]:
+    """Drain the flow, and stop it as soon as too many rows have failed; gives the shards that could not be read.
 
     Chunks with errors that are done again say nothing about the whole job; `finish` judges them with all others.
     """
     num_rows = num_errors = 0
-    for report in reports:
+    failed: dict[str, FailedShard] = {}
+    for report in outcomes:
+        if isinstance(report, FailedShard):
+            failed[report.shard] = report
+            continue
         on_commit(report)
         if report.chunk_id in retried:
             continue
@@ -227,6 +259,21 @@ def watch_errors(
         num_errors += report.num_errors
         if num_rows >= MIN_ROWS_FOR_ERROR_RATE:
             check_error_rate(num_rows, num_errors, max_error_rate, report.first_error)
+    return list(failed.values())
+
+
+def check_shards(failed: list[FailedShard]) -> None:
+    """Raise JobError if a shard was gone, or another than planned, when it was to be read."""
+    if failed:
+        told = "\n".join(f"  {shard.message}" for shard in failed[:MAX_TOLD])
+        more = f"\n  and {len(failed) - MAX_TOLD} more" if len(failed) > MAX_TOLD else ""
+        raise JobError(
+            f"{len(failed)} shards could not be read; all others are done and committed. "
+            f"Run the job again to plan it anew.\n{told}{more}"
+        )
+
+
+MAX_TOLD = 20
 
 
 def check_error_rate(num_rows: int, num_errors: int, max_error_rate: float, example: str | None) -> None:
@@ -247,16 +294,18 @@ def finish(output: Output, plan: Plan, stale: list[str]) -> Manifest:
         raise JobError(f"{len(missing)} of {len(planned)} chunks are not committed; run the job again to finish them.")
     manifest = Manifest(output.job.name, output.fingerprint_hash, output.job.engine.model, len(planned))
     bad = [report.chunk_id for report in read_reports(output, planned) if manifest.add(report)]
-    manifest.errors_by_type = count_errors_by_type(output, bad)
+    manifest.errors_by_type, manifest.damaged_shards = count_errors(output, bad)
     manifest.stale_parts = stale
     check_error_rate(manifest.num_rows, manifest.num_errors, output.job.limits.max_error_rate, None)
+    match_prompts(output, plan, manifest)
     finish_output(output, manifest.to_json())
     return manifest
 
 
-def quiet_data() -> None:
-    """Ray Data without bars, chatter and impatience."""
+def set_up_data() -> None:
+    """Ray Data without bars, chatter and impatience, and with a block for each chunk that a read task gives."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.target_max_block_size = 1  # bytes: no two rows share a block, for a chunk need not wait for the next
     context.execution_no_progress_timeout_s = -1  # waiting for GPUs to arrive is no failure

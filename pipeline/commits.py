@@ -25,10 +25,23 @@ from pipeline.plan import part_url
 from pipeline.records import ChunkReport, GeneratedChunk, Retry, read_part, report_of, rows_to_table
 from pipeline.spec import JobSpec, StorageSpec, fingerprint_of
 from pipeline.storage import absolute_url, join_url, open_store
+from pipeline.surveys import list_surveys
 
 READS_AT_ONCE = 16
+MAX_NAMED = 100
+"""Damaged shards that a manifest names."""
 PART_NAME = re.compile(r"([0-9a-f]{32})\.parquet")
-FOOTER_NUMBERS = ("num_errors", "num_thinking", "prompt_tokens", "completion_tokens")
+FOOTER_NUMBERS = (
+    "start",
+    "stop",
+    "num_errors",
+    "num_thinking",
+    "prompt_tokens",
+    "completion_tokens",
+    "num_samples",
+    "num_left_out",
+    "num_without_prompt",
+)
 JOB_FILE, MANIFEST_FILE, SUCCESS_FILE = "_job.json", "_manifest.json", "_SUCCESS"
 
 
@@ -107,6 +120,8 @@ def discard_output(output: Output) -> None:
     for name in (SUCCESS_FILE, MANIFEST_FILE):
         store.delete(output.file(name))
     drop_parts(output, committed_chunks(output))
+    for url in list_surveys(output.job):
+        store.delete(url)
     store.delete(output.file(JOB_FILE))
 
 
@@ -122,6 +137,12 @@ def committed_chunks(output: Output) -> frozenset[str]:
     store = open_store(output.url, output.job.storage)
     names = (info.url.rpartition("/")[2] for info in store.list(join_url(output.url, "data") + "/"))
     return frozenset(match[1] for name in names if (match := PART_NAME.fullmatch(name)))
+
+
+def has_part(output: Output, chunk_id: str) -> bool:
+    """Whether a chunk is committed at this moment."""
+    url = part_url(output.url, chunk_id)
+    return open_store(url, output.job.storage).stat(url) is not None
 
 
 def commit_chunk(chunk: GeneratedChunk, output: Output) -> ChunkReport:
@@ -188,7 +209,7 @@ def read_report(output: Output, chunk_id: str) -> ChunkReport:
         )
     try:
         numbers: Any = {name: int(footer[f"r4b.{name}"]) for name in FOOTER_NUMBERS}
-        return ChunkReport(chunk_id, footer["r4b.shard"], metadata.num_rows, **numbers)
+        return ChunkReport(chunk_id, footer["r4b.shard"], num_rows=metadata.num_rows, **numbers)
     except KeyError as error:
         raise JobError(f"{url} was not written by this software: its footer lacks {error}.") from error
 
@@ -211,15 +232,19 @@ def read_retry(output: Output, chunk_id: str) -> Retry:
     return Retry(info.version, frozenset(row for row, error in enumerate(errors) if error is not None))
 
 
-def count_errors_by_type(output: Output, chunk_ids: Iterable[str]) -> dict[str, int]:
-    """How often each `error_type` stands in these parts."""
+def count_errors(output: Output, chunk_ids: Iterable[str]) -> tuple[dict[str, int], list[str]]:
+    """How often each `error_type` stands in these parts, and the first shards that were damaged."""
     counts: dict[str, int] = {}
+    damaged: dict[str, None] = {}
     for chunk_id in chunk_ids:
         with open_store(output.url, output.job.storage).open(part_url(output.url, chunk_id)) as file:
-            for error in read_part(file, ["error_type"]).column(0).to_pylist():
-                if error is not None:
-                    counts[error] = counts.get(error, 0) + 1
-    return counts
+            rows = read_part(file, ["shard", "error_type"]).to_pylist()
+        for row in rows:
+            if row["error_type"] is not None:
+                counts[row["error_type"]] = counts.get(row["error_type"], 0) + 1
+            if row["error_type"] == "shard_damaged" and len(damaged) < MAX_NAMED:
+                damaged[row["shard"]] = None
+    return counts, list(damaged)
 
 
 def reopen_output(output: Output) -> None:

@@ -1,29 +1,26 @@
 """The plan: which chunks a job consists of. It lists shards and reads footers; it holds no rows and no images.
 
 A chunk is named by its content (shard, version, range), never by its position in a run, so planning again after
-new shards arrived gives the old chunks their old names. The files of a folder are grouped where a hash of their
-names says so, not by counting: a new file then changes one chunk, not all that follow.
+new shards arrived gives the old chunks their old names. Shards whose samples nobody has counted yet (tar, JSONL) are in
+the plan as streams.
 Not covered: reading samples.
 """
 
-import hashlib
-from collections.abc import Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import groupby, islice
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, SpecError
-from pipeline.images import EXTENSIONS
-from pipeline.records import Chunk
-from pipeline.spec import JobSpec
-from pipeline.storage import ObjectInfo, absolute_url, glob_root, glob_to_regex, is_glob, join_url, open_store
-
-FOLDER_COLUMNS = ("id", "path")
-"""Columns that the files of a folder have."""
+from pipeline.alignment import list_prompt_shards
+from pipeline.errors import JobError, SampleError, ShardChangedError, SpecError
+from pipeline.formats.contract import Format, Head, Span
+from pipeline.listing import choose_format
+from pipeline.prompts import render_prompt
+from pipeline.records import Anchor, Chunk, Reading, Shard, Work
+from pipeline.spec import InputFormat, JobSpec, PromptSpec
+from pipeline.storage import absolute_url, glob_to_regex, is_glob, join_url
+from pipeline.surveys import Survey, SurveyMaker, list_surveys, read_surveys, survey_url
 
 
 @dataclass(frozen=True)
@@ -32,42 +29,75 @@ class Plan:
 
     chunks: tuple[Chunk, ...]
     num_shards: int
+    streams: tuple[Shard, ...] = ()
+    """Shards whose chunks will be known when they have been read."""
+    format: InputFormat = "parquet"
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    """Types of the columns that are kept or filtered by."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about the input."""
+    prompt_table: tuple[str, str] | None = None
+    """(URL, version) of the one table of prompts."""
+    unclaimed_prompts: tuple[tuple[str, str], ...] = ()
+    """(URL, version) of prompt shards that belong to no shard."""
 
     @property
     def num_samples(self) -> int:
+        """Of the chunks; the samples of streams come on top."""
         return sum(chunk.num_samples for chunk in self.chunks)
 
     def without(self, committed: Set[str]) -> "Plan":
         """The chunks that are still to do."""
         return replace(self, chunks=tuple(chunk for chunk in self.chunks if chunk.chunk_id not in committed))
 
-    def stale(self, committed: Set[str]) -> list[str]:
-        """Committed chunks that this plan does not have: their shards changed or are gone."""
+    def unplanned(self, committed: Set[str]) -> list[str]:
+        """Committed chunks that are not among the plan's: of streams, or of shards that changed or are gone."""
         return sorted(committed - {chunk.chunk_id for chunk in self.chunks})
 
 
 def make_plan(job: JobSpec) -> Plan:
     """List the shards and cut them into chunks; raises SpecError if there is nothing to read or a column is missing."""
     for url in job.input.urls:
-        _check_apart(absolute_url(url), absolute_url(job.output.url))
-    cut = _cut_parquet if job.input.format == "parquet" else _cut_folder
-    shards: set[str] = set()
+        check_apart(absolute_url(url), absolute_url(job.output.url))
+    files, decided = choose_format(job)
+    prompts = list_prompt_shards(job, files.name)
+    notes = [decided] if decided else []
+    head = files.format.look(job, files.listings())
+    check_prompts(job, head)
+    pieces = files.format.cut(job, map(prompts.claim, files.listings()), head, notes.append)
+    pieces = use_surveys(job, pieces)
+    if job.input.limit is not None:
+        pieces = limit_samples(job, files.format, head, pieces, job.input.limit)
     chunks: list[Chunk] = []
-    left = job.input.limit
-    for chunk in cut(job):
-        if left is not None:
-            if left <= 0:
-                break
-            chunk = _shorten(chunk, left)
-            left -= chunk.num_samples
-        shards.add(chunk.shard)
-        chunks.append(chunk)
-    if not chunks:
-        raise SpecError(f"input.url: the input {', '.join(job.input.urls)} has no rows.")
-    return Plan(tuple(chunks), len(shards))
+    streams: list[Shard] = []
+    shards: set[str] = set()
+    for piece in pieces:
+        if isinstance(piece, Shard):
+            streams.append(piece)
+            shards.add(piece.url)
+        else:
+            chunks.append(piece)
+            shards.add(piece.shard)
+    if not chunks and not streams:
+        raise SpecError(f"input.url: the input {', '.join(job.input.urls)} has no rows{_but_for(job)}.")
+    return Plan(
+        tuple(chunks),
+        len(shards),
+        tuple(streams),
+        files.name,
+        head.schema,
+        tuple(notes),
+        prompt_table=prompts.table,
+        unclaimed_prompts=prompts.unclaimed(),
+    )
 
 
-def _check_apart(input_url: str, output_url: str) -> None:
+def _but_for(job: JobSpec) -> str:
+    return " that input.where can hold for" if job.input.where is not None else ""
+
+
+def check_apart(input_url: str, output_url: str) -> None:
+    """Raise SpecError if the parts would be read as input."""
     part = part_url(output_url, "part")
     if part.startswith(input_url.rstrip("/") + "/") or (
         is_glob(input_url) and glob_to_regex(input_url).fullmatch(part)
@@ -75,132 +105,95 @@ def _check_apart(input_url: str, output_url: str) -> None:
         raise SpecError(f"output.url: parts of {output_url} would lie inside input.url, and be read as input.")
 
 
-def _shorten(chunk: Chunk, num_samples: int) -> Chunk:
-    if chunk.num_samples <= num_samples:
-        return chunk
-    return replace(chunk, stop=chunk.start + num_samples, members=chunk.members[:num_samples])
-
-
-def _list_all(job: JobSpec, extensions: Set[str]) -> Iterator[tuple[str, ObjectInfo]]:
-    """(folder of the input URL, file) of all files, each once, however many of the URLs reach it."""
-    seen: set[str] = set()
-    for url in job.input.urls:
-        for info in _list_files(job, url, extensions):
-            if info.url not in seen:
-                seen.add(info.url)
-                yield glob_root(absolute_url(url)), info
-
-
-def _list_files(job: JobSpec, url: str, extensions: Set[str]) -> Iterator[ObjectInfo]:
-    """The shards or images at `url`. A name given in full or by glob is taken as it is; a folder is filtered."""
-    found = False
-    try:
-        for info in open_store(url, job.storage).list(absolute_url(url)):
-            name = PurePosixPath(info.url)
-            below = info.url.startswith(absolute_url(url).rstrip("/") + "/")
-            named = info.url == absolute_url(url) or (is_glob(url) and not below)
-            if named or (name.suffix.lower() in extensions and not name.name.startswith((".", "_"))):
-                found = True
-                yield info
-    except (JobError, OSError) as error:
-        raise SpecError(f"input.url: {error}") from error
-    if not found:
-        kind = "parquet" if job.input.format == "parquet" else "image"
-        raise SpecError(f"input.url: no {kind} files at {url}; it must be a file, a folder or prefix, or a glob.")
-
-
-def _cut_parquet(job: JobSpec) -> Iterator[Chunk]:
-    rows = job.output.chunk_rows
-    shards = (info for _, info in _list_all(job, {".parquet", ".pq"}))
-    first: pa.Schema | None = None
-    with ThreadPoolExecutor(16) as pool:
-        while batch := list(islice(shards, 256)):  # a bounded number of footers at a time
-            footers = pool.map(lambda info: _read_footer(job, info), batch)
-            for info, (num_rows, schema) in zip(batch, footers, strict=True):
-                check_columns(job, info.url, schema)
-                first = first or schema
-                _check_kept(job, info.url, schema, first)
-                for start in range(0, num_rows, rows):
-                    yield Chunk(info.url, info.version, start, min(start + rows, num_rows))
-
-
-def _check_kept(job: JobSpec, shard: str, schema: pa.Schema, first: pa.Schema) -> None:
-    """Parts must be of one schema, so kept columns must have one type in all shards."""
-    for name in job.output.keep_columns:
-        if schema.field(name).type != first.field(name).type:
+def check_prompts(job: JobSpec, head: Head) -> None:
+    """Raise SpecError for a prompt that renders on none of the first samples, where only those show the columns."""
+    for prompt in job.spec_prompts if head.rows else ():
+        errors = [error for row in head.rows if (error := _render_error(prompt, row)) is not None]
+        if len(errors) == len(head.rows):
+            present = ", ".join(sorted({name for row in head.rows for name in row}))
             raise SpecError(
-                f"output.keep_columns: column {name!r} is {first.field(name).type} in the first shard "
-                f"and {schema.field(name).type} in {shard}."
+                f"prompts.{prompt.id}: {errors[0].message} So it is with all of the first {len(head.rows)} samples; "
+                f"their columns are {present}."
             )
 
 
-def _read_footer(job: JobSpec, info: ObjectInfo) -> tuple[int, pa.Schema]:
+def _render_error(prompt: PromptSpec, row: object) -> SampleError | None:
     try:
-        with open_store(info.url, job.storage).open(info.url) as file:
-            footer = pq.ParquetFile(file)
-            return footer.metadata.num_rows, footer.schema_arrow
-    except (pa.ArrowException, OSError, JobError) as error:
-        raise SpecError(f"input.url: {info.url} is not a readable Parquet file: {error}") from error
+        render_prompt(prompt.all_messages, prompt.thinking_mode, prompt.sampling, row)  # type: ignore[arg-type]
+    except SampleError as error:
+        return error
+    return None
 
 
-def check_columns(job: JobSpec, shard: str, schema: pa.Schema) -> None:
-    """Every column that the spec names must be there and, for the image, be of a kind that can be read."""
-    columns = job.input.columns
-    wanted = {columns.image: "input.columns.image"}
-    if columns.id is not None and "id" in columns.model_fields_set:
-        wanted[columns.id] = "input.columns.id"
-    wanted |= {name: f"prompts.{prompt.id}" for prompt in job.prompts for name in sorted(prompt.columns)}
-    wanted |= dict.fromkeys(job.output.keep_columns, "output.keep_columns")
-    for name, key in wanted.items():
-        if name not in schema.names:
-            raise SpecError(f"{key}: {shard} has no column {name!r}; it has {', '.join(schema.names)}.")
-    kind = schema.field(columns.image).type
-    if not (_is_bytes(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)):
-        raise SpecError(
-            f"input.columns.image: column {columns.image!r} of {shard} is {kind}; "
-            "it must hold bytes, or a struct with bytes."
-        )
+def use_surveys(job: JobSpec, pieces: Iterable[Chunk | Shard]) -> Iterator[Chunk | Shard]:
+    """Streams that an earlier run of this output has read to their end become chunks."""
+    known: frozenset[str] | None = None
+    pieces = iter(pieces)
+    while batch := list(islice(pieces, 256)):
+        streams = [piece for piece in batch if isinstance(piece, Shard)]
+        if streams and known is None:
+            known = list_surveys(job)
+        counted = [shard for shard in streams if known and survey_url(job, shard) in known]
+        surveys = dict(zip(counted, read_surveys(job, counted), strict=True))
+        for piece in batch:
+            if isinstance(piece, Shard) and piece in surveys:
+                yield from surveys[piece].chunks(piece, job.output.chunk_rows)
+            else:
+                yield piece
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+def complete_plan(job: JobSpec, plan: Plan) -> Plan:
+    """The plan after its streams were read: all chunks. Raises JobError if one was not read to its end."""
+    pieces = list(use_surveys(job, plan.streams))
+    left = [piece.url for piece in pieces if isinstance(piece, Shard)]
+    if left:
+        raise JobError(f"{len(left)} shards, {left[0]} among them, were not read to their end; run the job again.")
+    found = tuple(piece for piece in pieces if isinstance(piece, Chunk))
+    return replace(plan, chunks=(*plan.chunks, *found), streams=())
 
 
-def _cut_folder(job: JobSpec) -> Iterator[Chunk]:
-    for key, names in (
-        *((f"prompts.{prompt.id}", prompt.columns) for prompt in job.prompts),
-        ("output.keep_columns", frozenset(job.output.keep_columns)),
-    ):
-        if unknown := sorted(names - set(FOLDER_COLUMNS)):
-            raise SpecError(f"{key}: a folder of images has no column {unknown[0]!r}; it has id and path.")
-    for folder, files in groupby(_list_all(job, EXTENSIONS), key=lambda pair: pair[0]):
-        yield from _group_files(folder, (info for _, info in files), job.output.chunk_rows)
+def make_readings(works: Iterable[Work], streams: Iterable[Shard]) -> list[Reading]:
+    """Passes over shards: works on chunks of one shard with one anchor go together; each stream is a pass."""
+    passes: dict[tuple[str, Anchor, str], list[Work]] = {}
+    for work in works:
+        chunk = work.chunk
+        alone = chunk.chunk_id if chunk.members else ""  # a folder's chunks have nothing in common
+        passes.setdefault((chunk.shard, chunk.anchor, alone), []).append(work)
+    in_order = (sorted(together, key=lambda work: work.chunk.start) for together in passes.values())
+    return [Reading(tuple(together)) for together in in_order] + [Reading(stream=shard) for shard in streams]
 
 
-def _group_files(folder: str, files: Iterator[ObjectInfo], chunk_rows: int) -> Iterator[Chunk]:
-    members: list[tuple[str, str]] = []
-    for info in files:
-        members.append((info.url, info.version))
-        if len(members) == chunk_rows or _ends_group(info.url, chunk_rows):
-            yield Chunk(folder, "", 0, len(members), tuple(members))
-            members = []
-    if members:
-        yield Chunk(folder, "", 0, len(members), tuple(members))
+def limit_samples(
+    job: JobSpec, input_format: Format, head: Head, pieces: Iterable[Chunk | Shard], left: int
+) -> Iterator[Chunk]:
+    """The chunks of the first samples; streams are read, and counted, as far as need be."""
+    for piece in pieces:
+        if isinstance(piece, Shard):
+            found = count_samples(job, input_format, head, piece, left).chunks(piece, job.output.chunk_rows)
+        else:
+            found = iter((piece,))
+        for chunk in found:
+            yield _shorten(chunk, left)
+            left -= chunk.num_samples
+            if left <= 0:
+                return
 
 
-def _ends_group(url: str, chunk_rows: int) -> bool:
-    """True for about two names in `chunk_rows`, whatever their neighbours."""
-    digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8]) % max(2, chunk_rows // 2) == 0
+def _shorten(chunk: Chunk, num_samples: int) -> Chunk:
+    if chunk.num_samples <= num_samples:
+        return chunk
+    return replace(chunk, stop=chunk.start + num_samples, members=chunk.members[:num_samples], end=None)
 
 
-def input_columns(job: JobSpec, schema_names: Set[str]) -> list[str]:
-    """The columns that must be read from a Parquet shard: nothing else is."""
-    columns = job.input.columns
-    names = {columns.image, *job.output.keep_columns}.union(*(prompt.columns for prompt in job.prompts))
-    if columns.id is not None and columns.id in schema_names:
-        names.add(columns.id)
-    return sorted(names)
+def count_samples(job: JobSpec, input_format: Format, head: Head, shard: Shard, at_most: int) -> Survey:
+    """Read a stream's samples, without their content, up to a number; raises SpecError if it cannot be read."""
+    maker = SurveyMaker(job.output.chunk_rows)
+    try:
+        for sample in input_format.read(job, Span(shard, stop=at_most), head.schema, lambda index: False):
+            maker.add(sample.index, sample.position)
+    except ShardChangedError as error:
+        raise SpecError(f"input.url: {error}") from error
+    return maker.survey
 
 
 def part_url(output_url: str, chunk_id: str) -> str:

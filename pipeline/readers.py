@@ -1,175 +1,251 @@
-"""From one chunk to its tasks: fetch, check, decode, render. Runs on CPUs, one chunk at a time.
+"""From a pass over a shard to chunks of tasks: read, select, ask, load. Runs on CPUs; one chunk is held at a time.
 
-What is wrong with a row becomes that row's error; what is wrong with the shard (gone, changed, unreadable) raises.
-The invariant: a chunk of n samples and p prompts gives n * p tasks, whatever they hold.
+What is wrong with a row becomes that row's error. A shard that is gone, or another than planned, fails alone.
+The invariant: every sample of a chunk has its rows, is counted as left out, or is counted as without a prompt.
 Not covered: generation.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import repeat
-from typing import Any
+from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, SampleError, ShardChangedError, StorageError, StoreUnavailableError
-from pipeline.images import decode_image
-from pipeline.plan import input_columns
-from pipeline.prompts import THINKING_MODES, render_prompt
-from pipeline.records import Chunk, DecodedImage, ReadChunk, Task, Work, valid_text
-from pipeline.spec import JobSpec, PromptSpec
-from pipeline.storage import absolute_url, join_url, open_store
+from pipeline.asking import Asked, Asker
+from pipeline.errors import JobError, SampleError, SpecError, StoreUnavailableError
+from pipeline.formats import FORMATS, Sample
+from pipeline.formats.contract import Span, damaged
+from pipeline.loading import ImageLoader, map_ahead
+from pipeline.records import FailedShard, ReadChunk, ReadCounts, Reading, Shard, Task, Work, valid_text
+from pipeline.spec import InputFormat, JobSpec, SampleSpec
+from pipeline.surveys import SurveyMaker, write_survey
+from pipeline.tiling import Tiling
 
-FETCHES_AT_ONCE = 8
+LOADS_AT_ONCE = 8
+SAMPLES_AHEAD = 16
+"""Samples whose images are held as they were read."""
 
 
 @dataclass(frozen=True)
-class _Sample:
-    sample_id: str
-    columns: Mapping[str, Any]
-    fetch: Callable[[], bytes | None]
+class ReadSettings:
+    """What a read task must know of its job's plan."""
+
+    job: JobSpec
+    format: InputFormat
+    schema: pa.Schema
+    tiling: Tiling | None = None
+    prompt_table: tuple[str, str] | None = None
 
 
-def read_chunk(work: Work, job: JobSpec) -> ReadChunk:
-    """Read a chunk's samples and make a task of each (sample, prompt); raises JobError if the shard is unusable."""
-    samples, kept = (_read_folder if work.chunk.members else _read_parquet)(work.chunk, job)
-    asked = [_prompts_for(index, work, job) for index in range(len(samples))]
-    with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
-        tasks_of_samples = list(pool.map(_make_tasks, samples, asked, repeat(job)))
-    origins = [index for index, tasks in enumerate(tasks_of_samples) for _ in tasks]
-    tasks = tuple(task for tasks in tasks_of_samples for task in tasks)
-    return ReadChunk(work, tasks, kept.take(pa.array(origins, pa.int64())))
-
-
-def _prompts_for(sample: int, work: Work, job: JobSpec) -> list[PromptSpec]:
-    """All prompts, or those whose rows are to be redone; a chunk's rows are its samples times its prompts."""
-    first_row = sample * len(job.prompts)
-    return [prompt for row, prompt in enumerate(job.prompts, first_row) if work.retry is None or row in work.retry.rows]
-
-
-def _make_tasks(sample: _Sample, prompts: Sequence[PromptSpec], job: JobSpec) -> list[Task]:
-    if not prompts:
-        return []
-    image = _load_image(sample, job)
-    return [_make_task(sample, prompt, image) for prompt in prompts]
-
-
-def _load_image(sample: _Sample, job: JobSpec) -> DecodedImage | SampleError:
+def read_chunks(
+    reading: Reading, settings: ReadSettings, is_committed: Callable[[str], bool] = lambda chunk_id: False
+) -> Iterator[ReadChunk | FailedShard]:
+    """One pass over a shard; `is_committed` tells a stream which of its chunks have a part. Raises JobError."""
+    shard = reading.stream.url if reading.stream is not None else reading.works[0].chunk.shard
     try:
-        return decode_image(sample.fetch(), job.limits.max_image_bytes, job.limits.max_image_pixels)
-    except SampleError as error:
-        return error
-
-
-def _make_task(sample: _Sample, prompt: PromptSpec, image: DecodedImage | SampleError) -> Task:
-    try:
-        rendered = render_prompt(prompt.template, prompt.system, prompt.thinking_mode, sample.columns)
-    except SampleError as error:
-        plain = prompt.thinking_mode in THINKING_MODES
-        return Task(sample.sample_id, prompt.id, prompt.thinking_mode if plain else "auto", error=error)
-    if isinstance(image, SampleError):
-        return Task(sample.sample_id, prompt.id, rendered.thinking_mode, error=image)
-    return Task(sample.sample_id, prompt.id, rendered.thinking_mode, (image,), rendered.text, rendered.system)
-
-
-def _read_parquet(chunk: Chunk, job: JobSpec) -> tuple[list[_Sample], pa.Table]:
-    table = _read_rows(chunk, job)
-    columns = job.input.columns
-    ids = table.column(columns.id).to_pylist() if columns.id in table.column_names else [None] * table.num_rows
-    shard = valid_text(chunk.shard)
-    sample_ids = [f"{shard}#{chunk.start + n}" if value is None else str(value) for n, value in enumerate(ids)]
-    names = sorted(frozenset().union(*(prompt.columns for prompt in job.prompts)))
-    rows = table.select(names).to_pylist() if names else [{}] * table.num_rows
-    images = table.column(columns.image)
-    samples = [
-        _Sample(sample_id, row, _image_fetcher(images, index, chunk, job))
-        for index, (sample_id, row) in enumerate(zip(sample_ids, rows, strict=True))
-    ]
-    return samples, table.select(job.output.keep_columns)
-
-
-def _read_rows(chunk: Chunk, job: JobSpec) -> pa.Table:
-    """Rows [start, stop) of the shard, from the row groups that hold them, the needed columns only."""
-    try:
-        with open_store(chunk.shard, job.storage, job.limits.fetch_timeout_s).open(
-            chunk.shard, chunk.shard_version
-        ) as file:
-            shard = pq.ParquetFile(file, pre_buffer=True)
-            groups, first = _groups_of(shard.metadata, chunk.start, chunk.stop)
-            names = input_columns(job, set(shard.schema_arrow.names))
-            table = shard.read_row_groups(groups, columns=names)
-    except (pa.ArrowException, OSError) as error:
-        raise JobError(f"{chunk.shard} cannot be read: {error}") from error
-    return table.slice(chunk.start - first, chunk.num_samples)
-
-
-def _groups_of(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
-    """The row groups that overlap [start, stop), and the index of their first row."""
-    groups: list[int] = []
-    first = row = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if row < stop and row + rows > start:
-            first = first if groups else row
-            groups.append(group)
-        row += rows
-    return groups, first
-
-
-def _image_fetcher(images: pa.ChunkedArray, index: int, chunk: Chunk, job: JobSpec) -> Callable[[], bytes | None]:
-    def fetch() -> bytes | None:
-        value = images[index].as_py()
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if data is None and path:
-            return _fetch_path(path, chunk, job)
-        return None if data is None else bytes(data)
-
-    return fetch
-
-
-def _fetch_path(path: str, chunk: Chunk, job: JobSpec) -> bytes:
-    """A struct without bytes names its image by a path, relative to the shard (Hugging Face datasets)."""
-    if "://" in path or path.startswith("/") or ".." in path.split("/"):
-        raise SampleError("image_path_refused", f"The image path {path!r} is not a path below the shard's folder.")
-    return _fetch_file(absolute_url(join_url(chunk.shard.rpartition("/")[0], path)), None, job)
-
-
-def _fetch_file(url: str, version: str | None, job: JobSpec) -> bytes:
-    """At most one byte more than `limits.max_image_bytes`, which is then one too many for the decoder."""
-    try:
-        with open_store(url, job.storage, job.limits.fetch_timeout_s).open(url, version) as file:
-            return file.read(job.limits.max_image_bytes + 1)
-    except ShardChangedError as error:
-        raise SampleError("image_missing", str(error)) from error
-    except StoreUnavailableError:  # no fault of this image: the job stops, and resumes when the store is back
+        if reading.stream is not None:
+            yield from _read_stream(reading.stream, settings, is_committed)
+        else:
+            yield from _read_works(reading.works, settings)
+    except StoreUnavailableError:  # no fault of this shard: the job stops, and resumes when the store is back
         raise
-    except (StorageError, OSError) as error:
-        raise SampleError("image_unreadable", str(error)) from error
+    except (JobError, SpecError, OSError) as error:
+        yield FailedShard(valid_text(shard), valid_text(str(error)))
 
 
-def _read_folder(chunk: Chunk, job: JobSpec) -> tuple[list[_Sample], pa.Table]:
-    samples = list(_folder_samples(chunk, job))
-    kept = {
-        name: pa.array([sample.columns[name] for sample in samples], pa.string()) for name in job.output.keep_columns
-    }
-    return samples, pa.table(kept) if kept else _empty_rows(len(samples))
+def _read_works(works: Sequence[Work], settings: ReadSettings) -> Iterator[ReadChunk]:
+    first, last = works[0].chunk, works[-1].chunk
+    if first.damage is not None:
+        yield _make_chunk(works[0], [damaged(0, first.damage)], settings)
+        return
+    shard = Shard(first.shard, first.shard_version, first.prompts)
+    span = Span(shard, first.anchor, last.stop, last.end, first.members)
+    starts, stops = [work.chunk.start for work in works], [work.chunk.stop for work in works]
+
+    def is_wanted(index: int) -> bool:
+        number = bisect_right(starts, index) - 1
+        return number >= 0 and (index < stops[number] or last.end is not None)
+
+    samples = _Peekable(FORMATS[settings.format].read(settings.job, span, settings.schema, is_wanted))
+    for work in works:
+        samples.skip_before(work.chunk.start)
+        yield _make_chunk(work, samples.take_before(work.chunk.stop if work is not works[-1] else None), settings)
 
 
-def _folder_samples(chunk: Chunk, job: JobSpec) -> Iterator[_Sample]:
-    for url, version in chunk.members:
-        path = _name_in_folder(url, chunk.shard, job)
-        text = valid_text(path)  # a file name need not be UTF-8
-        yield _Sample(text, {"id": text, "path": text}, lambda url=url, version=version: _fetch_file(url, version, job))  # type: ignore[misc]
+def _read_stream(shard: Shard, settings: ReadSettings, is_committed: Callable[[str], bool]) -> Iterator[ReadChunk]:
+    """All chunks of a shard that have no part; at its end, its survey."""
+    job, rows = settings.job, settings.job.output.chunk_rows
+    maker, done = SurveyMaker(rows), _Committed(shard, rows, is_committed)
+    samples = _Peekable(FORMATS[settings.format].read(job, Span(shard), settings.schema, done.is_wanted), maker)
+    number = 0
+    while samples.peek() is not None:
+        start, stop = number * rows, (number + 1) * rows
+        if done.is_wanted(start):
+            yield _make_last_or_full(shard, start, samples, maker, settings)
+        else:
+            samples.skip_before(stop)
+        number += 1
+    write_survey(job, shard, maker.survey)
 
 
-def _name_in_folder(url: str, folder: str, job: JobSpec) -> str:
-    """The path below the folder; with several inputs the whole URL, for two folders may hold the same names."""
-    if len(job.input.urls) > 1:
-        return url
-    return url.removeprefix(folder.rstrip("/") + "/") if url != folder else url.rpartition("/")[2]
+def _make_last_or_full(
+    shard: Shard, start: int, samples: "_Peekable", maker: SurveyMaker, settings: ReadSettings
+) -> ReadChunk:
+    """A stream's next chunk. The last one ends where the shard does, and is named so; its survey comes before it."""
+    stop = start + settings.job.output.chunk_rows
+    chunk = _make_chunk(Work(shard.chunk(start, stop)), samples.take_before(stop), settings)
+    if samples.peek() is not None:
+        return chunk
+    write_survey(settings.job, shard, maker.survey)
+    return replace(chunk, work=Work(shard.chunk(start, maker.num_samples)))
 
 
-def _empty_rows(num_rows: int) -> pa.Table:
-    return pa.table({"_": pa.nulls(num_rows)}).select([])
+class _Committed:
+    """Whether a stream's samples are in a part already, asked once for each chunk."""
+
+    def __init__(self, shard: Shard, chunk_rows: int, is_committed: Callable[[str], bool]) -> None:
+        self._shard, self._rows, self._ask = shard, chunk_rows, is_committed
+        self._number, self._wanted = -1, True
+
+    def is_wanted(self, index: int) -> bool:
+        number = index // self._rows
+        if number != self._number:
+            chunk = self._shard.chunk(number * self._rows, (number + 1) * self._rows)
+            self._number, self._wanted = number, not self._ask(chunk.chunk_id)
+        return self._wanted
+
+
+class _Peekable:
+    """Samples with a look at the next one. `maker`, if there is one, takes down all that go by."""
+
+    def __init__(self, samples: Iterator[Sample], maker: SurveyMaker | None = None) -> None:
+        self._samples, self._maker = samples, maker
+        self._next: Sample | None = None
+        self._ended = False
+
+    def peek(self) -> Sample | None:
+        if self._next is None and not self._ended:
+            self._next = next(self._samples, None)
+            self._ended = self._next is None
+            if self._next is not None and self._maker is not None:
+                self._maker.add(self._next.index, self._next.position)
+        return self._next
+
+    def take_before(self, stop: int | None) -> Iterator[Sample]:
+        """Samples with a lower index than `stop`; None: all that are left."""
+        while (sample := self.peek()) is not None and (stop is None or sample.index < stop):
+            self._next = None
+            yield sample
+
+    def skip_before(self, start: int) -> None:
+        for _ in self.take_before(start):
+            pass
+
+
+def _make_chunk(work: Work, samples: Iterable[Sample], settings: ReadSettings) -> ReadChunk:
+    """Tasks of a chunk's samples; images are loaded a few samples ahead."""
+    maker = _ChunkMaker(work, settings)
+    loader = ImageLoader(settings.job, settings.tiling)
+    tasks: list[Task] = []
+    with ThreadPoolExecutor(LOADS_AT_ONCE) as pool:
+        for made in map_ahead(pool, lambda drafted: drafted.finish(loader), maker.drafts(samples), SAMPLES_AHEAD):
+            tasks += made
+    return ReadChunk(work, tuple(tasks), maker.kept_rows(), maker.counts)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A sample's tasks before its images are loaded."""
+
+    sample: Sample
+    tasks: Sequence[Task]
+
+    def finish(self, loader: ImageLoader) -> list[Task]:
+        """The tasks with their images, or with what is wrong with these."""
+        if all(task.error is not None for task in self.tasks):
+            return list(self.tasks)
+        try:
+            images = loader.load(self.sample.images)
+        except SampleError as error:
+            return [task if task.error is not None else replace(task, error=error, messages=()) for task in self.tasks]
+        return [task if task.error is not None else replace(task, images=images) for task in self.tasks]
+
+
+class _ChunkMaker:
+    """Goes through a chunk's samples in order: counts them, selects, asks, and gathers the kept columns."""
+
+    def __init__(self, work: Work, settings: ReadSettings) -> None:
+        self._work, self._settings = work, settings
+        self._asker = Asker(settings.job, work.chunk.prompts or settings.prompt_table)
+        self._kept: list[pa.Table] = []
+        self._origins: list[int] = []
+        self._row = 0
+        self.counts = ReadCounts()
+
+    def drafts(self, samples: Iterable[Sample]) -> Iterator[_Draft]:
+        """One for each sample that has a row to be made now."""
+        for sample in samples:
+            sample_id = sample.sample_id
+            if sample_id is None:
+                sample_id = f"{self._work.chunk.shard}#{sample.index}"
+            sample_id = valid_text(sample_id)
+            self._count("num_samples")
+            if not self._is_selected(sample, sample_id):
+                self._count("num_left_out")
+                continue
+            asked = self._asker.ask(sample, sample_id)
+            if not asked:
+                self._count("num_without_prompt")
+            tasks = [_to_task(one, sample_id, sample) for one in self._due(asked)]
+            if tasks:
+                self._origins += [len(self._kept)] * len(tasks)
+                self._kept.append(sample.kept if sample.kept is not None else self._null_row())
+                yield _Draft(sample, tasks)
+
+    def _count(self, name: str) -> None:
+        self.counts = replace(self.counts, **{name: getattr(self.counts, name) + 1})
+
+    def _is_selected(self, sample: Sample, sample_id: str) -> bool:
+        if sample.error is not None and sample.sample_id is None:
+            return True  # nobody knows what it holds: it is reported, whatever is selected
+        spec = self._settings.job.input.sample
+        return sample.passes and (spec is None or is_drawn(sample_id, spec))
+
+    def _due(self, asked: Sequence[Asked]) -> list[Asked]:
+        """All of them, or those whose rows are to be redone."""
+        first, self._row = self._row, self._row + len(asked)
+        retry = self._work.retry
+        return [one for row, one in enumerate(asked, first) if retry is None or row in retry.rows]
+
+    def _kept_schema(self) -> pa.Schema:
+        names = self._settings.job.output.keep_columns
+        return pa.schema([self._settings.schema.field(name) for name in names])
+
+    def _null_row(self) -> pa.Table:
+        schema = self._kept_schema()
+        return pa.table([pa.nulls(1, field.type) for field in schema], schema)
+
+    def kept_rows(self) -> pa.Table:
+        """One Arrow row of kept columns for each task."""
+        schema = self._kept_schema()
+        if not schema.names:
+            return pa.table({"": pa.nulls(len(self._origins))}).select([])
+        arrays = [
+            pa.chunked_array([piece for row in self._kept for piece in row.column(field.name).chunks], field.type)
+            for field in schema
+        ]
+        return pa.table(arrays, schema).unify_dictionaries().combine_chunks().take(pa.array(self._origins, pa.int64()))
+
+
+def is_drawn(sample_id: str, spec: SampleSpec) -> bool:
+    """Whether a seeded fraction holds this sample: by its id alone, so that it does not matter where it lies."""
+    digest = sha256(f"{spec.seed}:{sample_id}".encode()).digest()
+    return int.from_bytes(digest[:8]) < spec.fraction * 2**64
+
+
+def _to_task(asked: Asked, sample_id: str, sample: Sample) -> Task:
+    error = sample.error or asked.error
+    messages = () if error is not None else asked.messages
+    return Task(sample_id, asked.prompt_id, asked.mode, (), messages, asked.sampling, error)

@@ -6,6 +6,7 @@ it is the contract with every reader of the parts.
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, Literal
@@ -43,23 +44,55 @@ OUTPUT_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class Shard:
+    """An input file, or a folder of loose images."""
+
+    url: str
+    version: str
+    prompts: tuple[str, str] | None = None
+    """(URL, version) of the prompt shard that belongs to this shard."""
+
+    def chunk(self, start: int, stop: int, **more: Any) -> "Chunk":
+        """A range of this shard's samples; `more` are fields of Chunk that tell how to read it."""
+        return Chunk(self.url, self.version, start, stop, prompts=self.prompts, **more)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A place in a shard where reading can begin: a sample's index, and where it stands.
+
+    `position` is a byte offset; for Parquet, the number of a row group.
+    """
+
+    sample: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A fixed range of one shard's samples: the unit of work, of retry and of resume.
 
-    `members` names the image files of a chunk of a folder; for other shards it is empty and the range says all.
+    `members` names the files of each sample of a folder; for other shards it is empty and the range says all.
     """
 
     shard: str
     shard_version: str
     start: int
     stop: int
-    members: tuple[tuple[str, str], ...] = ()
-    """(URL, version) of each image file."""
+    members: tuple[tuple[tuple[str, str], ...], ...] = ()
+    """For each sample, (URL, version) of its image file, then of its side-cars."""
+    prompts: tuple[str, str] | None = None
+    anchor: Anchor = Anchor()
+    """Where reading begins: chunks of one shard with one anchor are read in one pass. No part of the identity."""
+    end: int | None = None
+    """The position where the last sample ends, where that is known. No part of the identity."""
+    damage: str | None = None
+    """Why the shard cannot be read at all: the one row of such a chunk. No part of the identity."""
 
     @property
     def chunk_id(self) -> str:
         """A name made of the content alone, the same in every run."""
-        identity = json.dumps([self.shard, self.shard_version, self.start, self.stop, self.members])
+        identity = json.dumps([self.shard, self.shard_version, self.start, self.stop, self.members, self.prompts])
         return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     @property
@@ -87,25 +120,57 @@ class Work:
 
 
 @dataclass(frozen=True)
-class DecodedImage:
-    """RGB pixels, row by row: `len(pixels) == width * height * 3`."""
+class Reading:
+    """What one read task does in one pass over a shard: chunks with one anchor, in order.
+
+    Or all chunks of a shard whose samples were never counted (`stream`); they get their names as they are read.
+    """
+
+    works: tuple[Work, ...] = ()
+    stream: Shard | None = None
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A checked picture for an engine.
+
+    `data` is a PNG, JPEG or WebP file of `width` x `height` upright RGB or gray pixels. Pickled, it travels beside
+    the pickle, so that an engine reads it in Ray's object store without a copy.
+    """
 
     width: int
     height: int
-    pixels: bytes
+    data: bytes
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type["EncodedImage"], tuple[int, int, pickle.PickleBuffer]]:
+        return EncodedImage, (self.width, self.height, pickle.PickleBuffer(self.data))
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row to be: a rendered prompt over a sample's images, or the reason why there is none."""
+    """One row to be: messages over a sample's images, or the reason why there are none.
+
+    `messages` are as OpenAI writes them; their `{"type": "image"}` parts take `images` in order. Where they have no
+    such part, the images come first in the last of the user's. `sampling` overrides the job's.
+    """
 
     sample_id: str
     prompt_id: str
     mode_requested: str
-    images: tuple[DecodedImage, ...] = ()
-    text: str = ""
-    system: str | None = None
+    images: tuple[EncodedImage, ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     error: SampleError | None = None
+
+
+@dataclass(frozen=True)
+class ReadCounts:
+    """What became of a chunk's samples, for those that have no row."""
+
+    num_samples: int = 0
+    num_left_out: int = 0
+    """By `input.where` and `input.sample`."""
+    num_without_prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +180,15 @@ class ReadChunk:
     work: Work
     tasks: tuple[Task, ...]
     kept: pa.Table
+    counts: ReadCounts
+
+
+@dataclass(frozen=True)
+class FailedShard:
+    """A shard that was gone, or another than planned, when it was to be read: its chunks are not done in this run."""
+
+    shard: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -142,6 +216,7 @@ class GeneratedChunk:
     tasks: tuple[Task, ...]
     results: tuple[Generation | SampleError, ...]
     kept: pa.Table
+    counts: ReadCounts
     engine_ready_at: float
 
 
@@ -151,14 +226,32 @@ class ChunkReport:
 
     chunk_id: str
     shard: str
+    start: int
+    stop: int
     num_rows: int
     num_errors: int
     num_thinking: int
     prompt_tokens: int
     completion_tokens: int
+    num_samples: int
+    num_left_out: int
+    num_without_prompt: int
     first_error: str | None = None
     engine_ready_at: float | None = None
     """When the engine that made the rows was ready (Unix seconds); None when another writer was first."""
+
+
+SUMS = (
+    "num_rows",
+    "num_errors",
+    "num_thinking",
+    "prompt_tokens",
+    "completion_tokens",
+    "num_samples",
+    "num_left_out",
+    "num_without_prompt",
+)
+"""What a manifest adds up over the reports of its parts."""
 
 
 @dataclass
@@ -174,16 +267,22 @@ class Manifest:
     num_thinking: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    num_samples: int = 0
+    num_left_out: int = 0
+    num_without_prompt: int = 0
+    prompts_without_sample: int | None = None
+    """None where a selection leaves samples out, so that nobody can tell; 0 where prompts are in the spec."""
+    examples_without_sample: list[str] = field(default_factory=list)
+    prompts_unreadable: int = 0
+    """Lines of prompt shards that name no sample."""
     errors_by_type: dict[str, int] = field(default_factory=dict)
+    damaged_shards: list[str] = field(default_factory=list)
     stale_parts: list[str] = field(default_factory=list)
 
     def add(self, report: ChunkReport) -> bool:
         """Count one part in; tells whether it holds errors."""
-        self.num_rows += report.num_rows
-        self.num_errors += report.num_errors
-        self.num_thinking += report.num_thinking
-        self.prompt_tokens += report.prompt_tokens
-        self.completion_tokens += report.completion_tokens
+        for name in SUMS:
+            setattr(self, name, getattr(self, name) + getattr(report, name))
         return report.num_errors > 0
 
     def to_json(self) -> str:
@@ -232,11 +331,14 @@ def report_of(chunk: GeneratedChunk, table: pa.Table) -> ChunkReport:
     return ChunkReport(
         chunk_id=chunk.work.chunk.chunk_id,
         shard=valid_text(chunk.work.chunk.shard),
+        start=chunk.work.chunk.start,
+        stop=chunk.work.chunk.stop,
         num_rows=table.num_rows,
         num_errors=len(errors),
         num_thinking=sum(mode == "thinking" for mode in table.column("mode_chosen").to_pylist()),
         prompt_tokens=_sum(table.column("prompt_tokens").to_pylist()),
         completion_tokens=_sum(table.column("completion_tokens").to_pylist()),
+        **asdict(chunk.counts),
         first_error=errors[0] if errors else None,
         engine_ready_at=chunk.engine_ready_at,
     )

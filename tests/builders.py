@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.errors import SampleError
-from pipeline.records import Chunk, GeneratedChunk, Generation, Retry, Task, Work
+from pipeline.records import Chunk, GeneratedChunk, Generation, ReadCounts, Retry, Task, Work
 from pipeline.spec import JobSpec, parse_spec
 
 Result = Generation | SampleError
@@ -103,4 +103,6 @@ def make_generated(
     )
     if kept is None:
         kept = pa.table({"_": pa.nulls(len(pairs))}).select([])
-    return GeneratedChunk(Work(chunk, retry), tasks, tuple(result for _, result in pairs), kept, ENGINE_READY_AT)
+    counts = ReadCounts(num_samples=len(pairs))
+    made = tuple(result for _, result in pairs)
+    return GeneratedChunk(Work(chunk, retry), tasks, made, kept, counts, ENGINE_READY_AT)

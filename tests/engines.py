@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from jobs.demo import CHECKPOINT, CPU_ENGINE_ARGS
 from pipeline.engine import Engine, EngineRequest, open_engine
-from pipeline.records import DecodedImage, Generation
+from pipeline.records import EncodedImage, Generation
 from pipeline.scenes import draw_scene, make_scene
 from pipeline.spec import EngineSpec, SamplingSpec, SimulationSpec
+from tests.builders import encode
 
 T = TypeVar("T")
 
@@ -52,14 +53,14 @@ def running_engine(spec: EngineSpec) -> Iterator[RunningEngine]:
         loop.close()
 
 
-def scene_image(seed: int, size: tuple[int, int] = (112, 112)) -> DecodedImage:
+def scene_image(seed: int, size: tuple[int, int] = (112, 112)) -> EncodedImage:
     """A held-out scene as an engine takes it."""
     picture = draw_scene(make_scene(seed), size)
-    return DecodedImage(picture.width, picture.height, picture.tobytes())
+    return EncodedImage(picture.width, picture.height, encode(picture))
 
 
 def question(
-    text: str, *images: DecodedImage, mode: str = "auto", max_tokens: int = 256, system: str | None = None, **more: Any
+    text: str, *images: EncodedImage, mode: str = "auto", max_tokens: int = 256, system: str | None = None, **more: Any
 ) -> EngineRequest:
     """A request with the images before the text."""
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]

@@ -24,7 +24,7 @@ from pipeline.commits import (
     claim_output,
     commit_chunk,
     committed_chunks,
-    count_errors_by_type,
+    count_errors,
     drop_parts,
     finish_output,
     is_finished,
@@ -41,6 +41,7 @@ from pipeline.spec import fingerprint_parts, parse_spec
 from pipeline.storage import LocalStore, Store, open_store
 from tests.builders import ENGINE_READY_AT, Result, make_generated, make_generation, make_job
 
+KEPT = pa.schema([])
 CHUNK = Chunk("s3://bucket/in/a.parquet", "etag-1", 0, 4)
 OTHER_CHUNK = replace(CHUNK, start=4, stop=8)
 BROKEN = SampleError("image_corrupt", "The image cannot be decoded: broken.")
@@ -64,7 +65,7 @@ def local(tmp_path: Path) -> Output:
 
 def output_at(url: str, **sections: Any) -> Output:
     job = make_job("/nowhere/in", url, **sections)
-    return Output(job, fingerprint_parts(job, "model-identity"))
+    return Output(job, fingerprint_parts(job, "model-identity", "parquet", KEPT))
 
 
 def store_of(output: Output) -> Store:
@@ -188,6 +189,11 @@ def test_commit_chunk_footer_tells_what_made_the_part(local: Output) -> None:
         "r4b.model": "some/model",
         "r4b.revision": "v2",
         "r4b.fingerprint": output.fingerprint_hash,
+        "r4b.start": "0",
+        "r4b.stop": "4",
+        "r4b.num_samples": "2",
+        "r4b.num_left_out": "0",
+        "r4b.num_without_prompt": "0",
         "r4b.chunk_id": CHUNK.chunk_id,
         "r4b.shard": CHUNK.shard,
         "r4b.software_version": package_version("r4b"),
@@ -384,11 +390,14 @@ def test_read_report_of_a_broken_file_names_it(local: Output) -> None:
         read_report(local, CHUNK.chunk_id)
 
 
-def test_count_errors_by_type_adds_up_parts(output: Output) -> None:
+def test_count_errors_adds_up_parts_and_names_damaged_shards(output: Output) -> None:
     commit_chunk(make_generated(CHUNK, {"a": BROKEN, "b": MISSING, "c": answer("yes")}), output)
-    commit_chunk(make_generated(OTHER_CHUNK, {"a": BROKEN}), output)
-    counts = count_errors_by_type(output, [CHUNK.chunk_id, OTHER_CHUNK.chunk_id])
-    assert counts == {"image_corrupt": 2, "image_missing": 1}
+    damage = SampleError("shard_damaged", "s3://bucket/in/b.tar breaks at byte 5.")
+    torn = replace(OTHER_CHUNK, shard="s3://bucket/in/b.tar")
+    commit_chunk(make_generated(torn, {"a": BROKEN, "b": damage}), output)
+    counts, damaged = count_errors(output, [CHUNK.chunk_id, torn.chunk_id])
+    assert counts == {"image_corrupt": 2, "image_missing": 1, "shard_damaged": 1}
+    assert damaged == ["s3://bucket/in/b.tar"]
 
 
 # Who owns an output.
@@ -397,7 +406,7 @@ def test_count_errors_by_type_adds_up_parts(output: Output) -> None:
 def with_sampling(output: Output, **sampling: Any) -> Output:
     storage = output.job.storage.model_dump()
     other = make_job("/nowhere/in", output.url, sampling=sampling, storage=storage)
-    return Output(other, fingerprint_parts(other, "model-identity"))
+    return Output(other, fingerprint_parts(other, "model-identity", "parquet", KEPT))
 
 
 def test_claim_output_first_writes_the_job_and_the_same_job_may_go_on(output: Output) -> None:

@@ -14,6 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.batch import run_batch
+from pipeline.records import ChunkReport
+from pipeline.spec import parse_spec
+from tests.layouts import LAYOUTS, scene_samples, write_tar_index
 from tests.running import (
     keys_of,
     kill_tree,
@@ -76,6 +80,47 @@ def test_driver_killed_five_times_ends_with_every_row_once(tmp_path: Path, make_
     assert len(keys) == 2000
     assert set(keys) == {(f"scene-{n:06d}", "question") for n in range(2000)}
     assert (out / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tar",
+        "tar with index",
+        pytest.param("tar-gz", marks=pytest.mark.slow),
+        pytest.param("jsonl", marks=pytest.mark.slow),
+    ],
+)
+def test_driver_killed_in_the_middle_of_a_shard_generates_no_committed_row_again(tmp_path: Path, layout: str) -> None:
+    """One shard of many chunks: what its reader had reached says nothing about what is committed."""
+    scenes = [{**row, "id": f"again-{n:04d}-{row['id']}"} for n in range(4) for row in scene_samples(150)]
+    shard = write_one_shard(tmp_path / "in", layout, scenes)
+    spec = slow_simulated_spec(tmp_path)
+    path, out = write_spec(tmp_path, spec), tmp_path / "out"
+    for at_least in (3, 9):
+        with started_r4b("run", path) as process:
+            wait_for_parts(out, at_least)
+            kill_tree(process.pid)
+    before = parts_of(out)
+    committed = read_output(out).num_rows
+    assert 0 < committed < 600, shard
+    reports: list[ChunkReport] = []
+    manifest = run_batch(parse_spec(spec, "the test's spec"), on_commit=reports.append)
+    assert sum(report.num_rows for report in reports) == 600 - committed
+    assert {name: parts_of(out)[name] for name in before} == before
+    keys = keys_of(read_output(out))
+    assert (len(keys), len(set(keys)), manifest.num_rows, manifest.num_chunks) == (600, 600, 600, 38)
+    assert {sample_id for sample_id, _ in keys} == {row["id"] for row in scenes}
+
+
+def write_one_shard(folder: Path, layout: str, scenes: list[dict[str, Any]]) -> Path:
+    """All scenes in one shard of this layout."""
+    (found,) = [one for one in LAYOUTS if one.name == layout.partition(" ")[0]]
+    found.write(folder, scenes, rows_per_shard=len(scenes))
+    (shard,) = [path for path in folder.iterdir() if path.is_file()]
+    if "index" in layout:
+        write_tar_index(shard)
+    return shard
 
 
 @on_both_engines

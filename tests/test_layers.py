@@ -18,25 +18,40 @@ RANKS = {
     "pipeline.errors": 0,
     "pipeline.records": 0,
     "pipeline.thinking": 1,
-    "pipeline.images": 1,
-    "pipeline.prompts": 1,
+    "pipeline.tiling": 1,
+    "pipeline.addresses": 1,
+    "pipeline.transport": 1,
     "pipeline.scenes": 1,
     "pipeline.cpu_torch": 1,
-    "pipeline.spec": 2,
-    "pipeline.storage": 3,
-    "pipeline.plan": 4,
-    "pipeline.report": 4,
-    "pipeline.commits": 5,
-    "pipeline.readers": 5,
-    "pipeline.engine": 5,
-    "pipeline.cluster": 5,
-    "pipeline.batch": 6,
-    "jobs": 7,
-    "deployments": 7,
+    "pipeline.formats.jsonlines": 1,
+    "pipeline.prompts": 2,
+    "pipeline.images": 2,
+    "pipeline.remote": 2,
+    "pipeline.sandbox": 3,
+    "pipeline.spec": 3,
+    "pipeline.storage": 4,
+    "pipeline.prompt_rows": 4,
+    "pipeline.surveys": 5,
+    "pipeline.formats": 5,
+    "pipeline.prompt_shards": 6,
+    "pipeline.listing": 6,
+    "pipeline.loading": 6,
+    "pipeline.alignment": 7,
+    "pipeline.asking": 7,
+    "pipeline.plan": 8,
+    "pipeline.report": 8,
+    "pipeline.commits": 9,
+    "pipeline.readers": 9,
+    "pipeline.engine": 9,
+    "pipeline.cluster": 9,
+    "pipeline.matching": 10,
+    "pipeline.batch": 11,
+    "jobs": 12,
+    "deployments": 12,
 }
 """A module imports only from lower ranks. A package stands for its modules unless they have ranks of their own."""
 
-FAMILIES = ("pipeline.engine", "pipeline.storage", "jobs", "deployments")
+FAMILIES = ("pipeline.engine", "pipeline.spec", "pipeline.storage", "pipeline.formats", "jobs", "deployments")
 """Packages whose modules may import each other."""
 
 ALLOWED_SIDEWAYS = {("pipeline.records", "pipeline.errors")}
@@ -47,6 +62,7 @@ OWNERS = {
     "ray": {"pipeline.batch", "pipeline.cluster"},
     "boto3": {"pipeline.storage.s3"},
     "botocore": {"pipeline.storage.s3"},
+    "aiohttp": {"pipeline.remote"},
 }
 """The only modules that may import these packages."""
 

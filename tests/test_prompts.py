@@ -12,6 +12,11 @@ from pipeline.errors import SampleError
 from pipeline.prompts import RenderedPrompt, column_names, render_prompt
 
 
+def render(template: str, columns: dict[str, Any]) -> RenderedPrompt:
+    """One message of the user's."""
+    return render_prompt([{"role": "user", "content": template}], "auto", {}, columns)
+
+
 @pytest.mark.parametrize(
     ("template", "columns", "text"),
     [
@@ -27,7 +32,7 @@ from pipeline.prompts import RenderedPrompt, column_names, render_prompt
     ],
 )
 def test_render_prompt_template_over_columns_gives_text(template: str, columns: dict[str, Any], text: str) -> None:
-    assert render_prompt(template, None, "auto", columns) == RenderedPrompt(text, None, "auto")
+    assert render(template, columns) == RenderedPrompt(({"role": "user", "content": text},), "auto", {})
 
 
 @pytest.mark.parametrize(
@@ -46,7 +51,7 @@ def test_render_prompt_that_fails_is_an_error_row_in_one_sentence(
     template: str, columns: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(SampleError, match=says) as caught:
-        render_prompt(template, None, "auto", columns)
+        render(template, columns)
     assert caught.value.error_type == "prompt_failed"
     assert len(caught.value.message.splitlines()) == 1
     assert caught.value.message.endswith(".")
@@ -56,13 +61,51 @@ def test_render_prompt_that_fails_is_an_error_row_in_one_sentence(
 @pytest.mark.parametrize("template", ["{{ question }}", "Q: {{ question }} A:", "{{ meta.question }}"])
 def test_render_prompt_null_column_is_an_error_row_not_the_word_none(template: str) -> None:
     with pytest.raises(SampleError):
-        render_prompt(template, None, "auto", {"question": None, "meta": {"question": None}})
+        render(template, {"question": None, "meta": {"question": None}})
 
 
-def test_render_prompt_system_is_rendered_too() -> None:
-    assert render_prompt("x", "You see {{ kind }}.", "auto", {"kind": "maps"}).system == "You see maps."
+def test_render_prompt_every_message_and_part_is_rendered_and_keeps_its_place() -> None:
+    parts: list[Any] = [{"type": "text", "text": "{{ a }}"}, {"type": "image"}, {"type": "text", "text": "{{ b }}"}]
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "You see {{ a }}."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "{{ b }}!"},
+        {"role": "user", "content": "And now?"},
+    ]
+    rendered = render_prompt(messages, "auto", {}, {"a": "maps", "b": "seas"}).messages
+    assert [message["role"] for message in rendered] == ["system", "user", "assistant", "user"]
+    assert [message["content"] for message in rendered] == [
+        "You see maps.",
+        [{"type": "text", "text": "maps"}, {"type": "image"}, {"type": "text", "text": "seas"}],
+        "seas!",
+        "And now?",
+    ]
     with pytest.raises(SampleError, match="'absent' is undefined"):
-        render_prompt("x", "{{ absent }}", "auto", {})
+        render_prompt([{"role": "system", "content": "{{ absent }}"}, *messages], "auto", {}, {"a": "", "b": ""})
+
+
+@pytest.mark.parametrize(
+    ("value", "columns", "rendered"),
+    [
+        (5, {}, 5),
+        ("{{ n }}", {"n": 5}, 5),
+        ("{{ n * 2 }}", {"n": 0.25}, 0.5),
+        ("{{ words }}", {"words": ["a", "b"]}, ["a", "b"]),
+        (["#"], {}, ["#"]),
+    ],
+)
+def test_render_prompt_sampling_keeps_the_columns_values(value: Any, columns: dict[str, Any], rendered: Any) -> None:
+    assert render_prompt([], "auto", {"x": value}, columns).sampling == {"x": rendered}
+
+
+def test_render_prompt_null_sampling_is_the_jobs() -> None:
+    assert render_prompt([], "auto", {"max_tokens": "{{ n }}", "top_k": 3}, {"n": None}).sampling == {"top_k": 3}
+
+
+@pytest.mark.parametrize("value", ["{{ absent }}", "{{ n.__class__ }}"])
+def test_render_prompt_sampling_is_strict_and_sandboxed_too(value: str) -> None:
+    with pytest.raises(SampleError):
+        render_prompt([], "auto", {"max_tokens": value}, {"n": 1})
 
 
 @pytest.mark.parametrize(
@@ -77,13 +120,13 @@ def test_render_prompt_system_is_rendered_too() -> None:
     ],
 )
 def test_render_prompt_thinking_mode_by_row(thinking_mode: str, columns: dict[str, Any], mode: str) -> None:
-    assert render_prompt("x", None, thinking_mode, columns).thinking_mode == mode
+    assert render_prompt([], thinking_mode, {}, columns).thinking_mode == mode
 
 
 @pytest.mark.parametrize("value", ["Long", "", "think", None, 1])
 def test_render_prompt_invalid_thinking_mode_is_an_error_row_that_names_the_three(value: Any) -> None:
     with pytest.raises(SampleError) as caught:
-        render_prompt("x", None, "{{ mode if mode is not none else 'None' }}", {"mode": value})
+        render_prompt([], "{{ mode if mode is not none else 'None' }}", {}, {"mode": value})
     assert caught.value.error_type == "thinking_mode_invalid"
     assert caught.value.message == f"thinking_mode is {str(value)!r}; it must be auto, long or short."
 

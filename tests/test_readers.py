@@ -1,11 +1,10 @@
-"""`read_chunk`: n samples and p prompts give n * p tasks, each with its own image, text and kept columns.
+"""`read_chunks`: n samples and p prompts give n * p tasks, each with its own image, text and kept columns.
 
 Covers Parquet shards and folders of images, what becomes an error row, and what raises.
 Not covered: how images decode (`test_images`) and which chunks there are (`test_plan`).
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import JobError, SampleError, ShardChangedError
+from pipeline.errors import SampleError
 from pipeline.plan import make_plan
-from pipeline.readers import read_chunk
-from pipeline.records import ReadChunk, Retry, Task, Work
+from pipeline.readers import read_chunks
+from pipeline.records import FailedShard, ReadChunk, Reading, Retry, Work
 from pipeline.spec import JobSpec
-from tests.builders import IMAGE_STRUCT, image_table, make_job, number_of, numbered_png, png_bytes, write_shard
+from tests.builders import IMAGE_STRUCT, image_table, make_job, numbered_png, png_bytes, write_shard
+from tests.reading import numbers_of, read_all, settings_of, tasks_of, text_of, try_all
 from tests.s3_server import S3Server
 
 TWO_PROMPTS = [{"id": "a", "template": "First."}, {"id": "b", "template": "Second."}]
-
-
-def read_all(job: JobSpec) -> list[ReadChunk]:
-    return [read_chunk(Work(chunk), job) for chunk in make_plan(job).chunks]
-
-
-def tasks_of(job: JobSpec) -> list[Task]:
-    return [task for chunk in read_all(job) for task in chunk.tasks]
-
-
-def numbers_of(tasks: Sequence[Task]) -> list[int | str]:
-    """The number that each task's image shows, or its error_type."""
-    return [task.error.error_type if task.error else number_of(task.images[0].pixels) for task in tasks]
 
 
 def job_over(folder: Path, table: pa.Table, **sections: Any) -> JobSpec:
@@ -45,7 +32,7 @@ def job_over(folder: Path, table: pa.Table, **sections: Any) -> JobSpec:
 
 @pytest.mark.parametrize("row_group_size", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, 100])
-def test_read_chunk_any_row_groups_give_each_row_its_own_image(
+def test_read_chunks_any_row_groups_give_each_row_its_own_image(
     tmp_path: Path, row_group_size: int, chunk_rows: int
 ) -> None:
     table = image_table(11, first=300, label=[f"label-{n}" for n in range(300, 311)])
@@ -60,12 +47,12 @@ def test_read_chunk_any_row_groups_give_each_row_its_own_image(
     tasks = [task for chunk in chunks for task in chunk.tasks]
     assert [task.sample_id for task in tasks] == [f"row-{n}" for n in range(300, 311)]
     assert numbers_of(tasks) == list(range(300, 311))
-    assert [task.text for task in tasks] == [f"Is it label-{n}?" for n in range(300, 311)]
+    assert [text_of(task) for task in tasks] == [f"Is it label-{n}?" for n in range(300, 311)]
     kept = [value for chunk in chunks for value in chunk.kept.column("label").to_pylist()]
     assert kept == [f"label-{n}" for n in range(300, 311)]
 
 
-def test_read_chunk_several_prompts_give_a_task_for_each_pair(tmp_path: Path) -> None:
+def test_read_chunks_several_prompts_give_a_task_for_each_pair(tmp_path: Path) -> None:
     prompts = [
         {"id": "a", "template": "First.", "thinking_mode": "long"},
         {
@@ -83,14 +70,15 @@ def test_read_chunk_several_prompts_give_a_task_for_each_pair(tmp_path: Path) ->
         ("row-1", "a"),
         ("row-1", "b"),
     ]
-    assert [task.text for task in chunk.tasks] == ["First.", "Second x.", "First.", "Second y."]
-    assert [task.system for task in chunk.tasks] == [None, "Be brief with x.", None, "Be brief with y."]
+    assert [text_of(task) for task in chunk.tasks] == ["First.", "Second x.", "First.", "Second y."]
+    systems = [message["content"] for task in chunk.tasks for message in task.messages if message["role"] == "system"]
+    assert systems == ["Be brief with x.", "Be brief with y."]
     assert [task.mode_requested for task in chunk.tasks] == ["long", "short"] * 2
     assert numbers_of(chunk.tasks) == [0, 0, 1, 1]
     assert chunk.kept.to_pydict() == {"label": ["x", "x", "y", "y"], "id": ["row-0", "row-0", "row-1", "row-1"]}
 
 
-def test_read_chunk_whatever_a_row_holds_there_is_a_task_for_it(tmp_path: Path) -> None:
+def test_read_chunks_whatever_a_row_holds_there_is_a_task_for_it(tmp_path: Path) -> None:
     images = [numbered_png(0), None, b"", b"no image", numbered_png(4)[:45], numbered_png(5)]
     table = pa.table({"id": [str(n) for n in range(6)], "image": pa.array(images, pa.binary())})
     tasks = tasks_of(job_over(tmp_path, table, prompts=TWO_PROMPTS))
@@ -100,7 +88,7 @@ def test_read_chunk_whatever_a_row_holds_there_is_a_task_for_it(tmp_path: Path) 
     assert all(not task.images for task in tasks if task.error)
 
 
-def test_read_chunk_limits_of_the_spec_reach_the_decoder(tmp_path: Path) -> None:
+def test_read_chunks_limits_of_the_spec_reach_the_decoder(tmp_path: Path) -> None:
     table = pa.table({"image": [png_bytes(size=(10, 10)), png_bytes(size=(11, 10))]})
     job = job_over(tmp_path, table, limits={"max_image_pixels": 100})
     assert [task.error.error_type if task.error else None for task in tasks_of(job)] == [None, "image_too_many_pixels"]
@@ -109,12 +97,12 @@ def test_read_chunk_limits_of_the_spec_reach_the_decoder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(len(numbered_png(7)))])
-def test_read_chunk_every_kind_of_bytes_column_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+def test_read_chunks_every_kind_of_bytes_column_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     table = pa.table({"image": pa.array([numbered_png(7), None], kind)})
     assert numbers_of(tasks_of(job_over(tmp_path, table))) == [7, "image_null"]
 
 
-def test_read_chunk_null_id_is_shard_and_row(tmp_path: Path) -> None:
+def test_read_chunks_null_id_is_shard_and_row(tmp_path: Path) -> None:
     table = image_table(6).set_column(0, "id", pa.array(["x", None, "y", "z", "w", None]))
     shard = tmp_path / "in" / "shard.parquet"
     ids = [task.sample_id for task in tasks_of(job_over(tmp_path, table))]  # chunks of 4
@@ -122,18 +110,18 @@ def test_read_chunk_null_id_is_shard_and_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [{"id": None}, {}])
-def test_read_chunk_no_id_column_numbers_the_rows_of_the_shard(tmp_path: Path, columns: dict[str, Any]) -> None:
+def test_read_chunks_no_id_column_numbers_the_rows_of_the_shard(tmp_path: Path, columns: dict[str, Any]) -> None:
     table = image_table(6) if columns else image_table(6).drop_columns(["id"])
     ids = [task.sample_id for task in tasks_of(job_over(tmp_path, table, input={"columns": columns}))]
     assert ids == [f"{tmp_path}/in/shard.parquet#{n}" for n in range(6)]
 
 
-def test_read_chunk_number_as_id_becomes_text(tmp_path: Path) -> None:
+def test_read_chunks_number_as_id_becomes_text(tmp_path: Path) -> None:
     table = image_table(2).set_column(0, "id", pa.array([7, 8]))
     assert [task.sample_id for task in tasks_of(job_over(tmp_path, table))] == ["7", "8"]
 
 
-def test_read_chunk_struct_without_bytes_reads_its_path_beside_the_shard(tmp_path: Path) -> None:
+def test_read_chunks_struct_without_bytes_reads_its_path_beside_the_shard(tmp_path: Path) -> None:
     (tmp_path / "in" / "images").mkdir(parents=True)
     (tmp_path / "in" / "images" / "é 3.png").write_bytes(numbered_png(3))
     images = [
@@ -166,15 +154,15 @@ def test_read_chunk_struct_without_bytes_reads_its_path_beside_the_shard(tmp_pat
         ("x" * 5000, "image_unreadable"),
         ("2.png/x", "image_missing"),
         ("~/x.png", "image_missing"),
-        ("/etc/passwd", "image_path_refused"),
-        ("../out.png", "image_path_refused"),
-        ("sub/../../out.png", "image_path_refused"),
-        ("file:///etc/passwd", "image_path_refused"),
-        ("s3://other-bucket/x.png", "image_path_refused"),
-        ("http://127.0.0.1:9/x.png", "image_path_refused"),
+        ("/etc/passwd", "image_unrecognized"),
+        ("../absent.png", "image_missing"),
+        ("file:///etc/passwd", "image_unrecognized"),
+        ("ftp://example.com/x.png", "image_path_refused"),
+        ("http://127.0.0.1:9/x.png", "url_refused"),
+        ("data:image/png,abc", "image_name_invalid"),
     ],
 )
-def test_read_chunk_path_that_is_no_file_below_the_shard_harms_its_own_row_alone(
+def test_read_chunks_path_that_leads_to_no_image_harms_its_own_row_alone(
     tmp_path: Path, path: str, error_type: str
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -185,7 +173,7 @@ def test_read_chunk_path_that_is_no_file_below_the_shard_harms_its_own_row_alone
     assert numbers_of(tasks) == [2, error_type]
 
 
-def test_read_chunk_thinking_mode_may_come_from_the_row(tmp_path: Path) -> None:
+def test_read_chunks_thinking_mode_may_come_from_the_row(tmp_path: Path) -> None:
     table = image_table(4, mode=["long", "short", "sometimes", None])
     prompt = {"id": "p", "template": "Look.", "thinking_mode": "{{ mode }}"}
     tasks = tasks_of(job_over(tmp_path, table, prompts=[prompt]))
@@ -197,10 +185,10 @@ def test_read_chunk_thinking_mode_may_come_from_the_row(tmp_path: Path) -> None:
     assert {task.mode_requested for task in tasks[2:]} <= {"auto", "long", "short"}
 
 
-def test_read_chunk_prompt_that_fails_harms_its_own_row_and_prompt_alone(tmp_path: Path) -> None:
+def test_read_chunks_prompt_that_fails_harms_its_own_row_and_prompt_alone(tmp_path: Path) -> None:
     prompts = [{"id": "share", "template": "{{ 100 // n }} percent?"}, {"id": "plain", "template": "Look."}]
     tasks = tasks_of(job_over(tmp_path, image_table(3, n=[1, 0, 4]), prompts=prompts))
-    assert [task.error.error_type if task.error else task.text for task in tasks] == [
+    assert [task.error.error_type if task.error else text_of(task) for task in tasks] == [
         "100 percent?",
         "Look.",
         "prompt_failed",
@@ -210,13 +198,13 @@ def test_read_chunk_prompt_that_fails_harms_its_own_row_and_prompt_alone(tmp_pat
     ]
 
 
-def test_read_chunk_columns_of_any_type_reach_the_template(tmp_path: Path) -> None:
+def test_read_chunks_columns_of_any_type_reach_the_template(tmp_path: Path) -> None:
     table = image_table(1, words=pa.array([["a", "b"]]), meta=pa.array([{"source": {"name": "web"}}]))
     prompt = {"id": "p", "template": "{{ words | join('+') }} {{ meta.source.name }}"}
-    assert tasks_of(job_over(tmp_path, table, prompts=[prompt]))[0].text == "a+b web"
+    assert text_of(tasks_of(job_over(tmp_path, table, prompts=[prompt]))[0]) == "a+b web"
 
 
-def test_read_chunk_reads_only_the_columns_it_needs(tmp_path: Path) -> None:
+def test_read_chunks_reads_only_the_columns_it_needs(tmp_path: Path) -> None:
     """Shards may be wide; here a column that nothing asks for cannot even be read."""
     job = job_over(tmp_path, image_table(50, unused=["text " * n for n in range(50)]), output={"chunk_rows": 50})
     shard = tmp_path / "in" / "shard.parquet"
@@ -226,11 +214,11 @@ def test_read_chunk_reads_only_the_columns_it_needs(tmp_path: Path) -> None:
     data = shard.read_bytes()
     shard.write_bytes(data[:start] + bytes(50) + data[start + 50 :])
     assert numbers_of(tasks_of(job)) == list(range(50))
-    with pytest.raises(JobError, match=r"shard\.parquet cannot be read: "):
-        read_all(job.model_copy(update={"output": job.output.model_copy(update={"keep_columns": ["unused"]})}))
+    all_columns = job.model_copy(update={"output": job.output.model_copy(update={"keep_columns": ["unused"]})})
+    assert set(numbers_of(tasks_of(all_columns))) == {"shard_damaged"}
 
 
-def test_read_chunk_kept_columns_keep_type_value_and_order(tmp_path: Path) -> None:
+def test_read_chunks_kept_columns_keep_type_value_and_order(tmp_path: Path) -> None:
     kept: dict[str, Any] = {
         "dotted.name": pa.array(["p", None, "q"]),
         "tags": pa.array([["a"], [], None], pa.list_(pa.string())),
@@ -247,39 +235,53 @@ def test_read_chunk_kept_columns_keep_type_value_and_order(tmp_path: Path) -> No
         assert chunk.kept.column(name).to_pylist() == [value for value in kept[name].to_pylist() for _ in range(2)]
 
 
-def test_read_chunk_retry_makes_only_the_tasks_that_are_asked_for(tmp_path: Path) -> None:
+def test_read_chunks_retry_makes_only_the_tasks_that_are_asked_for(tmp_path: Path) -> None:
     table = image_table(4, label=["w", "x", "y", "z"])
     job = job_over(tmp_path, table, prompts=TWO_PROMPTS, output={"keep_columns": ["label"]})
-    (chunk,) = make_plan(job).chunks
-    done = read_chunk(Work(chunk, Retry("version", frozenset({3, 6, 7}))), job)
+    plan = make_plan(job)
+    (chunk,) = plan.chunks
+    reading = Reading((Work(chunk, Retry("version", frozenset({3, 6, 7}))),))
+    (done,) = read_chunks(reading, settings_of(job, plan))
+    assert isinstance(done, ReadChunk)
     assert [(task.sample_id, task.prompt_id) for task in done.tasks] == [("row-1", "b"), ("row-3", "a"), ("row-3", "b")]
     assert numbers_of(done.tasks) == [1, 3, 3]
     assert done.kept.column("label").to_pylist() == ["x", "z", "z"]
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed"])
-def test_read_chunk_shard_that_is_not_what_the_plan_saw_raises(tmp_path: Path, change: str) -> None:
+def test_read_chunks_shard_that_is_not_what_the_plan_saw_fails_alone_and_is_named(tmp_path: Path, change: str) -> None:
     job = job_over(tmp_path, image_table(4))
-    (chunk,) = make_plan(job).chunks
+    write_shard(tmp_path / "in" / "other.parquet", image_table(3, first=10))
+    plan = make_plan(job)
     if change == "replaced":
         job_over(tmp_path, image_table(5))
     else:
         (tmp_path / "in" / "shard.parquet").unlink()
-    with pytest.raises(ShardChangedError, match=r"shard\.parquet"):
-        read_chunk(Work(chunk), job)
+    other, failed = try_all(job, plan)
+    assert isinstance(other, ReadChunk)
+    assert numbers_of(other.tasks) == [10, 11, 12]
+    assert isinstance(failed, FailedShard)
+    assert "shard.parquet" in failed.message
 
 
-def test_read_chunk_shard_with_damaged_pages_raises_and_names_it(tmp_path: Path) -> None:
-    job = job_over(tmp_path, image_table(50), output={"chunk_rows": 50})
+def test_read_chunks_damaged_row_group_gives_an_error_for_each_of_its_rows_alone(tmp_path: Path) -> None:
+    write_shard(tmp_path / "in" / "shard.parquet", image_table(50), row_group_size=10)
+    job = make_job(tmp_path / "in", tmp_path / "out", prompts=TWO_PROMPTS, output={"chunk_rows": 25})
     shard = tmp_path / "in" / "shard.parquet"
+    column = pq.read_metadata(shard).row_group(2).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
     data = shard.read_bytes()
-    shard.write_bytes(data[:4] + bytes(1000) + data[1004:])
-    (chunk,) = make_plan(job).chunks
-    with pytest.raises(JobError, match=r"shard\.parquet cannot be read: "):
-        read_chunk(Work(chunk), job)
+    shard.write_bytes(data[:start] + bytes(100) + data[start + 100 :])
+    tasks = tasks_of(job)
+    expected = [n if not 20 <= n < 30 else "shard_damaged" for n in range(50)]
+    assert numbers_of(tasks) == [number for number in expected for _ in TWO_PROMPTS]
+    lost = [task for task in tasks if task.error is not None]
+    assert [task.sample_id for task in lost[::2]] == [f"{shard}#{n}" for n in range(20, 30)]
+    assert lost[0].error is not None
+    assert str(shard) in lost[0].error.message
 
 
-def test_read_chunk_shard_whose_name_is_not_utf8_gives_ids_that_parquet_can_hold(tmp_path: Path) -> None:
+def test_read_chunks_shard_whose_name_is_not_utf8_gives_ids_that_parquet_can_hold(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "in" / os.fsdecode(b"caf\xe9.parquet"), image_table(1).drop_columns(["id"]))
     assert os.fsencode(shard).endswith(b"caf\xe9.parquet")
     (task,) = tasks_of(make_job(tmp_path / "in", tmp_path / "out"))
@@ -300,45 +302,44 @@ def make_folder(folder: Path, files: dict[str, bytes]) -> None:
         path.write_bytes(data)
 
 
-def test_read_chunk_folder_ids_are_paths_in_the_folder(tmp_path: Path) -> None:
+def test_read_chunks_folder_ids_are_paths_in_the_folder(tmp_path: Path) -> None:
     make_folder(tmp_path, {"b/2.png": numbered_png(2), "a é.png": numbered_png(1), "b/broken.png": b"no image"})
     prompt = {"id": "p", "template": "{{ id }} {{ path }}"}
     chunks = read_all(folder_job(tmp_path, prompts=[prompt], output={"chunk_rows": 100, "keep_columns": ["path"]}))
     tasks = [task for chunk in chunks for task in chunk.tasks]
     assert [task.sample_id for task in tasks] == ["a é.png", "b/2.png", "b/broken.png"]
     assert numbers_of(tasks) == [1, 2, "image_unrecognized"]
-    assert tasks[0].text == "a é.png a é.png"
+    assert text_of(tasks[0]) == "a é.png a é.png"
     kept = [path for chunk in chunks for path in chunk.kept.column("path").to_pylist()]
     assert kept == [task.sample_id for task in tasks]
 
 
-def test_read_chunk_folder_file_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
+def test_read_chunks_folder_file_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
     make_folder(tmp_path, {os.fsdecode(b"caf\xe9.png"): numbered_png(9)})
     prompt = {"id": "p", "template": "{{ path }}"}
     (chunk,) = read_all(folder_job(tmp_path, prompts=[prompt], output={"keep_columns": ["id"]}))
     assert numbers_of(chunk.tasks) == [9]
-    assert (chunk.tasks[0].sample_id, chunk.tasks[0].text) == ("caf?.png", "caf?.png")
+    assert (chunk.tasks[0].sample_id, text_of(chunk.tasks[0])) == ("caf?.png", "caf?.png")
     assert chunk.kept.column("id").to_pylist() == ["caf?.png"]
 
 
-def test_read_chunk_folder_file_that_changed_or_vanished_is_an_error_row(tmp_path: Path) -> None:
+def test_read_chunks_folder_file_that_changed_or_vanished_is_an_error_row(tmp_path: Path) -> None:
     make_folder(tmp_path, {f"{n}.png": numbered_png(n) for n in range(3)})
     job = folder_job(tmp_path, output={"chunk_rows": 100})
-    chunks = make_plan(job).chunks
+    plan = make_plan(job)
     (tmp_path / "in" / "0.png").write_bytes(numbered_png(100) + b"grown")
     (tmp_path / "in" / "2.png").unlink()
-    tasks = [task for chunk in chunks for task in read_chunk(Work(chunk), job).tasks]
-    assert numbers_of(tasks) == ["image_missing", 1, "image_missing"]
+    assert numbers_of(tasks_of(job, plan)) == ["image_missing", 1, "image_missing"]
 
 
-def test_read_chunk_one_image_file_as_input_has_its_name_as_id(tmp_path: Path) -> None:
+def test_read_chunks_one_image_file_as_input_has_its_name_as_id(tmp_path: Path) -> None:
     make_folder(tmp_path, {"one.png": numbered_png(1)})
     job = make_job(tmp_path / "in" / "one.png", tmp_path / "out", input={"format": "images"})
     (task,) = tasks_of(job)
     assert (task.sample_id, numbers_of([task])) == ("one.png", [1])
 
 
-def test_read_chunk_folder_and_glob_give_the_same_ids(tmp_path: Path) -> None:
+def test_read_chunks_folder_and_glob_give_the_same_ids(tmp_path: Path) -> None:
     """Else naming the same images another way would have them answered twice."""
     make_folder(tmp_path, {"b/2.png": numbered_png(2), "1.png": numbered_png(1)})
     by_glob = make_job(tmp_path / "in" / "**" / "*.png", tmp_path / "out", input={"format": "images"})
@@ -355,7 +356,7 @@ def test_folder_ids_of_several_inputs_are_whole_urls(tmp_path: Path) -> None:
     assert [task.sample_id for task in tasks_of(job)] == [f"{tmp_path}/a/1.png", f"{tmp_path}/b/1.png"]
 
 
-def test_read_chunk_on_s3_reads_shards_paths_and_folders(s3: S3Server) -> None:
+def test_read_chunks_on_s3_reads_shards_paths_and_folders(s3: S3Server) -> None:
     prefix = s3.fresh_prefix("readers")
     storage = {"endpoint_url": s3.endpoint_url}
     for n in range(3):

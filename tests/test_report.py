@@ -29,7 +29,7 @@ BROKEN = SampleError("image_corrupt", "The image cannot be decoded.")
 def fill(url: str, storage: StorageSpec = STORAGE) -> str:
     """Two parts of five rows: direct and thinking, right and wrong, one cut, one error."""
     job = make_job("/nowhere/in", url, storage=storage.model_dump())
-    output = Output(job, fingerprint_parts(job, "model-identity"))
+    output = Output(job, fingerprint_parts(job, "model-identity", "parquet", pa.schema([])))
     cut = make_generation(**{**THOUGHT, "answer": None, "thinking_truncated": True, "finish_reason": "length"})
     parts: list[tuple[dict[str, Result], dict[str, Any]]] = [
         (

@@ -7,9 +7,11 @@ import copy
 import traceback
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline.errors import SpecError
+from pipeline.images import FORMATS
 from pipeline.spec import JobSpec, fingerprint_of, fingerprint_parts, parse_spec
 
 MINIMAL: dict[str, Any] = {
@@ -42,9 +44,9 @@ def refusal_of(data: Any) -> list[str]:
 
 def test_parse_spec_minimal_has_the_documented_defaults() -> None:
     job = parse_spec(MINIMAL, "job.yaml")
-    assert job.input.format == "parquet"
+    assert job.input.format == "auto"
     assert (job.input.columns.id, job.input.columns.image, job.input.limit) == ("id", "image", None)
-    assert (job.prompts[0].thinking_mode, job.prompts[0].system) == ("auto", None)
+    assert (job.spec_prompts[0].thinking_mode, job.spec_prompts[0].system) == ("auto", None)
     assert (job.sampling.temperature, job.sampling.max_tokens, job.sampling.seed) == (0.0, 1024, 0)
     assert (job.engine.kind, job.engine.model, job.engine.revision) == ("vllm", "YannQi/R-4B", None)
     assert (job.engine.replicas.min, job.engine.replicas.max, job.engine.num_gpus) == (1, 1, 1)
@@ -81,6 +83,13 @@ def test_parse_spec_result_is_frozen() -> None:
         ("engine.args", {"limit_mm_per_prompt": {"image": 1}, "dtype": "float32"}),
         ("limits.max_error_rate", 1),
         ("output.keep_columns", ["id", "label"]),
+        ("input.columns.image", ["left", "right"]),
+        ("input.where", [["width", ">", 200], ["lang", "in", ["en", "de"]]]),
+        ("input.where", [[["width", ">", 200]], [["lang", "==", "en"]]]),
+        ("input.sample", {"fraction": 0.5, "seed": 7}),
+        ("prompts.0.sampling", {"max_tokens": "{{ budget }}", "temperature": 0.5}),
+        ("http.allow_networks", ["127.0.0.0/8", "fd00::/8"]),
+        ("limits.image_formats", ["PNG", "JPEG"]),
     ],
 )
 def test_parse_spec_allowed_value_is_taken(key: str, value: Any) -> None:
@@ -93,13 +102,18 @@ def test_parse_spec_allowed_value_is_taken(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "allowed"),
     [
-        ("inputs", "name, input, prompts, sampling, engine, output, limits, storage"),
-        ("input.folder", "url, format, columns, limit"),
+        ("inputs", "name, input, prompts, sampling, engine, output, limits, http, storage"),
+        ("input.folder", "url, format, columns, limit, sample, where"),
         ("input.columns.text", "id, image"),
-        ("prompts.0.text", "id, template, system, thinking_mode"),
+        ("prompts.0.text", "id, template, system, messages, thinking_mode, sampling"),
         ("engine.replicas.count", "min, max"),
         ("output.columns", "url, chunk_rows, keep_columns"),
-        ("limits.max_rows", "max_error_rate, max_image_pixels, max_image_bytes, fetch_timeout_s"),
+        (
+            "limits.max_rows",
+            "max_error_rate, max_image_pixels, max_image_bytes, max_image_frames, image_formats, decode_timeout_s, "
+            "decode_memory_bytes, fetch_timeout_s",
+        ),
+        ("http.proxy", "max_redirects, max_per_host, max_attempts, allow_networks"),
         ("storage.secret_key", "endpoint_url, region"),
     ],
 )
@@ -121,7 +135,11 @@ def test_parse_spec_unknown_key_of_a_large_section_lists_its_keys(section: str) 
         ("input.limit", 1.5, "input.limit: input should be a valid integer (it is 1.5)"),
         ("input.limit", True, "input.limit: input should be a valid integer (it is True)"),
         ("input.limit", 0, "input.limit: input should be greater than or equal to 1 (it is 0)"),
-        ("input.format", "csv", "input.format: input should be 'parquet' or 'images' (it is 'csv')"),
+        (
+            "input.format",
+            "csv",
+            "input.format: input should be 'auto', 'parquet', 'webdataset', 'jsonl' or 'images' (it is 'csv')",
+        ),
         ("input", None, "input: input should be a valid dictionary or instance of InputSpec (it is None)"),
         ("prompts", "Describe.", "prompts: input should be a valid list (it is 'Describe.')"),
         ("prompts", [], "prompts: list should have at least 1 item after validation, not 0"),
@@ -152,10 +170,60 @@ def test_parse_spec_unknown_key_of_a_large_section_lists_its_keys(section: str) 
             "output.keep_columns: answer, shard: the output has a column of this name already",
         ),
         ("limits.max_error_rate", 2, "limits.max_error_rate: input should be less than or equal to 1 (it is 2)"),
+        (
+            "limits.image_formats",
+            ["PNG", "SVG"],
+            f"limits.image_formats: 'SVG' cannot be decoded here; allowed: {', '.join(FORMATS)}",
+        ),
+        ("http.allow_networks", ["10.0.0.1/8"], "http.allow_networks: 10.0.0.1/8 has host bits set"),
+        ("input.sample", 1.5, "input.sample.fraction: input should be less than or equal to 1 (it is 1.5)"),
+        (
+            "input.where",
+            [],
+            "input.where: has no condition; leave the key out, or write [[column, operator, value], ...]",
+        ),
+        (
+            "input.where",
+            [["width", "~", 3]],
+            "input.where: '~' is no operator; allowed are =, ==, !=, <, >, <=, >=, in, not in",
+        ),
+        (
+            "input.where",
+            ["width > 3"],
+            'input.where: must be a list of [column, operator, value], such as [[width, ">", 200]]',
+        ),
+        ("input.where", [["a", "in", 3]], "input.where: a in: in and not in take a list, the others one value"),
+        ("input.where", [["a", "=", None]], "input.where: a = null: a comparison with null holds for no sample"),
+        ("input.where", [["a", "in", [1, "x"]]], "input.where: a in: the values must be of one type"),
+        ("prompts.0.sampling", {"best_of": 3}, "prompts.0.sampling: 'best_of' is no sampling parameter; allowed: "),
+        (
+            "prompts.0.sampling",
+            {"top_p": 3},
+            "prompts.0.sampling: sampling.top_p: input should be less than or equal to 1",
+        ),
+        ("prompts", {"url": ""}, "prompts.url: string should have at least 1 character (it is '')"),
+        ("prompts", {"url": "a", "shape": "x"}, "prompts.shape: input should be 'aligned' or 'table' (it is 'x')"),
+        (
+            "prompts",
+            {"url": "a", "urls": "b"},
+            "prompts.urls: unknown key; allowed here: url, shape, thinking_mode, unmatched",
+        ),
+        ("prompts", [{"id": "p"}], "prompts.0: needs a template, or messages, and not both"),
+        (
+            "prompts",
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+            "prompts.0: the last of messages must be the user's",
+        ),
+        (
+            "prompts",
+            [{"messages": [{"role": "user", "content": [{"type": "video"}]}]}],
+            'prompts.0.messages.0.content: each part must be {type: text, text: "..."} or {type: image}',
+        ),
     ],
 )
 def test_parse_spec_wrong_value_names_key_value_and_what_is_allowed(key: str, value: Any, says: str) -> None:
-    assert refusal_of(with_value(key, value)) == [f"  {says}"]
+    (line,) = refusal_of(with_value(key, value))
+    assert line.startswith(f"  {says}") if says.endswith(" ") else line == f"  {says}"
 
 
 @pytest.mark.parametrize("value", [5, [], [""], [5]])
@@ -215,11 +283,13 @@ def test_parse_spec_endpoint_url_with_credentials_is_refused_without_repeating_t
 
 def test_prompt_columns_are_those_of_template_system_and_mode() -> None:
     prompt = {"id": "p", "template": "{{ a }}", "system": "{{ b }} {{ a }}", "thinking_mode": "{{ c }}"}
-    assert parse_spec(with_value("prompts", [prompt]), "job.yaml").prompts[0].columns == {"a", "b", "c"}
+    assert parse_spec(with_value("prompts", [prompt]), "job.yaml").spec_prompts[0].columns == {"a", "b", "c"}
 
 
 def parts_of(data: dict[str, Any]) -> dict[str, str]:
-    return fingerprint_parts(parse_spec(data, "job.yaml"), "model-identity")
+    job = parse_spec(data, "job.yaml")
+    schema = pa.schema([(name, pa.string()) for name in job.output.keep_columns])
+    return fingerprint_parts(job, "model-identity", job.input.format, schema)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +315,12 @@ def parts_of(data: dict[str, Any]) -> dict[str, str]:
         ("output.keep_columns", ["label"], "output.keep_columns"),
         ("limits.max_image_pixels", 5, "limits"),
         ("limits.max_image_bytes", 5, "limits"),
+        ("limits.max_image_frames", 5, "limits"),
+        ("limits.image_formats", ["PNG"], "limits"),
+        ("input.sample", 0.5, "input.sample"),
+        ("input.where", [["a", ">", 1]], "input.where"),
+        ("prompts.0.sampling", {"max_tokens": 5}, "prompts"),
+        ("prompts", {"url": "s3://bucket/prompts/"}, "prompts"),
     ],
 )
 def test_fingerprint_parts_what_decides_an_answer_changes_its_part_alone(key: str, value: Any, part: str) -> None:
@@ -267,6 +343,9 @@ def test_fingerprint_parts_what_decides_an_answer_changes_its_part_alone(key: st
         ("output.url", "s3://bucket/other/"),
         ("limits.max_error_rate", 0.5),
         ("limits.fetch_timeout_s", 5.0),
+        ("limits.decode_timeout_s", 5.0),
+        ("limits.decode_memory_bytes", 1 << 28),
+        ("http", {"max_redirects": 1}),
         ("storage.endpoint_url", "http://127.0.0.1:9000"),
         ("storage.region", "eu-central-1"),
     ],
@@ -277,8 +356,21 @@ def test_fingerprint_parts_where_and_how_fast_change_nothing(key: str, value: An
 
 def test_fingerprint_parts_another_model_changes_its_part_alone() -> None:
     job = parse_spec(MINIMAL, "job.yaml")
-    before, now = fingerprint_parts(job, "one"), fingerprint_parts(job, "two")
+    before, now = (fingerprint_parts(job, model, "parquet", pa.schema([])) for model in ("one", "two"))
     assert {name for name in before if before[name] != now[name]} == {"engine.model"}
+
+
+def test_fingerprint_parts_what_the_input_turned_out_to_be_counts() -> None:
+    job = parse_spec(with_value("output.keep_columns", ["n"]), "job.yaml")
+    kept = pa.schema([("n", pa.int64())])
+    parts = fingerprint_parts(job, "model", "parquet", kept, ("prompts.jsonl", "v1"))
+    for part, other in {
+        "input.format": ("jsonl", kept, ("prompts.jsonl", "v1")),
+        "output.keep_columns": ("parquet", pa.schema([("n", pa.int32())]), ("prompts.jsonl", "v1")),
+        "prompts.url": ("parquet", kept, ("prompts.jsonl", "v2")),
+    }.items():
+        changed = fingerprint_parts(job, "model", *other)
+        assert {name for name in parts if parts[name] != changed[name]} == {part}
 
 
 def test_fingerprint_of_does_not_depend_on_the_order_of_keys() -> None:
@@ -290,15 +382,14 @@ def test_fingerprint_of_does_not_depend_on_the_order_of_keys() -> None:
 def test_fingerprint_every_key_of_the_spec_was_decided_upon() -> None:
     """A new key must be put into one of the tables above."""
     assert sorted(JobSpec.model_fields) == sorted(
-        ["name", "input", "prompts", "sampling", "engine", "output", "limits", "storage"]
+        ["name", "input", "prompts", "sampling", "engine", "output", "limits", "http", "storage"]
     )
     job = parse_spec(MINIMAL, "job.yaml")
     in_fingerprint = {"kind", "model", "revision", "max_model_len", "args", "simulation"}
     not_in_it = {"replicas", "num_gpus", "tensor_parallel_size", "max_num_seqs"}
     assert set(type(job.engine).model_fields) == in_fingerprint | not_in_it
-    assert set(type(job.input).model_fields) == {"format", "columns"} | {"url", "limit"}
+    assert set(type(job.input).model_fields) == {"format", "columns", "sample", "where"} | {"url", "limit"}
     assert set(type(job.output).model_fields) == {"chunk_rows", "keep_columns"} | {"url"}
-    assert set(type(job.limits).model_fields) == {"max_image_pixels", "max_image_bytes"} | {
-        "max_error_rate",
-        "fetch_timeout_s",
-    }
+    in_fingerprint = {"max_image_pixels", "max_image_bytes", "max_image_frames", "image_formats"}
+    not_in_it = {"max_error_rate", "fetch_timeout_s", "decode_timeout_s", "decode_memory_bytes"}
+    assert set(type(job.limits).model_fields) == in_fingerprint | not_in_it

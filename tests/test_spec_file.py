@@ -33,7 +33,7 @@ def spec_path(tmp_path: Path) -> str:
 def test_load_spec_file_gives_the_job(spec_path: str) -> None:
     job = load_spec(spec_path)
     assert job.name == "caption"
-    assert [prompt.id for prompt in job.prompts] == ["caption", "count"]
+    assert [prompt.id for prompt in job.spec_prompts] == ["caption", "count"]
     assert job.engine.max_num_seqs == 4
 
 
@@ -54,8 +54,8 @@ def test_load_spec_overrides_reach_keys_lists_and_new_sections(spec_path: str) -
         ],
     )
     assert job.engine.max_num_seqs == 128
-    assert job.prompts[1].template == "What color = this?"
-    assert job.prompts[0].thinking_mode == "{{ mode }}"
+    assert job.spec_prompts[1].template == "What color = this?"
+    assert job.spec_prompts[0].thinking_mode == "{{ mode }}"
     assert job.sampling.temperature == 0.5
     assert job.engine.replicas.max == 8
     assert job.engine.args == {"enforce_eager": True}
@@ -175,7 +175,7 @@ def test_load_spec_yaml_anchors_and_merge_keys_work(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     prompts = "[&first {id: a, template: x, thinking_mode: long}, {<<: *first, id: b}]"
     path.write_text(f"input: {{url: in}}\nprompts: {prompts}\noutput: {{url: out}}\n")
-    assert [(prompt.id, prompt.thinking_mode) for prompt in load_spec(str(path)).prompts] == [
+    assert [(prompt.id, prompt.thinking_mode) for prompt in load_spec(str(path)).spec_prompts] == [
         ("a", "long"),
         ("b", "long"),
     ]

@@ -4,6 +4,7 @@ Not covered: loading weights.
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import SpecError
 from pipeline.spec import EngineSpec
+from pipeline.tiling import R4B_TILING, Tiling, tiling_of_config
 
 SAMPLE_BYTES = 1 << 20
 
@@ -45,6 +47,21 @@ def _check_hub(spec: EngineSpec) -> None:
         raise SpecError(f"{where} is neither a folder here nor cached, and the model hub cannot be reached.") from error
     except HFValidationError as error:
         raise SpecError(f"{where} is neither a folder here nor a hub id.") from error
+
+
+def find_tiling(spec: EngineSpec) -> Tiling | None:
+    """How the model cuts images, by its config.json; None if it does not. `check_model` has found the model before."""
+    if spec.kind == "simulated":
+        return R4B_TILING
+    path = Path(spec.model) / "config.json"
+    if not is_local(spec.model):
+        import huggingface_hub
+
+        path = Path(huggingface_hub.hf_hub_download(spec.model, "config.json", revision=spec.revision, etag_timeout=10))
+    try:
+        return tiling_of_config(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"engine.model: {spec.model} has a config.json that cannot be used: {error!r}.") from error
 
 
 def _check_args(spec: EngineSpec) -> None:

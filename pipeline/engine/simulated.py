@@ -92,5 +92,5 @@ def _digest(request: EngineRequest) -> str:
     digest = hashlib.sha256(json.dumps([list(request.messages), request.thinking_mode]).encode())
     digest.update(request.sampling.model_dump_json().encode())
     for image in request.images:
-        digest.update(image.pixels)
+        digest.update(image.data)
     return digest.hexdigest()

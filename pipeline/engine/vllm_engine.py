@@ -4,12 +4,13 @@ Prompts are rendered by vLLM's own renderer with the checkpoint's chat template,
 Not covered: HTTP, and restarting: an engine that died stays dead.
 """
 
+import asyncio
 import copy
 import dataclasses
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -29,11 +30,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from pipeline.engine.contract import MAX_IMAGES, EngineRequest
-from pipeline.engine.tiling import Tiling
 from pipeline.errors import EngineDiedError, JobError, SampleError
-from pipeline.records import DecodedImage, Generation
+from pipeline.images import open_prepared
+from pipeline.records import EncodedImage, Generation
 from pipeline.spec import EngineSpec, SamplingSpec
 from pipeline.thinking import CLOSE_TAG, OPEN_TAG, Tags, mode_of, split_thought
+from pipeline.tiling import Tiling, tiling_of_config
 
 TAIL_TOKENS = 16
 """Enough of the rendered prompt's end to see how the generation prompt leaves the thought."""
@@ -75,7 +77,7 @@ class VLLMEngine:
         self._tokenizer: Any = copy.deepcopy(llm.renderer.get_tokenizer())
         self._tags = self._find_tags()
         self._max_model_len = llm.model_config.max_model_len
-        self._tiling = _find_tiling(llm.model_config.hf_config)
+        self._tiling = tiling_of_config(llm.model_config.hf_config.to_dict())
 
     @classmethod
     async def start(cls, spec: EngineSpec) -> "VLLMEngine":
@@ -126,7 +128,9 @@ class VLLMEngine:
     async def _render(self, request: EngineRequest) -> Any:
         """The rendered, tokenized prompt with its images (vLLM's EngineInput); raises SampleError."""
         params = ChatParams(chat_template_kwargs=self._template_kwargs(request))
-        messages: Any = _place_images(request, self._tiling)
+        # In a thread: decoding would hold up every other request of this event loop.
+        pictures = await asyncio.to_thread(lambda: [_open(image, self._tiling) for image in request.images])
+        messages: Any = _place_images(request, pictures)
         try:
             _, (prompt,) = await self.llm.renderer.render_chat_async([messages], params)
         except (VLLMClientError, ValueError, TypeError) as error:
@@ -190,33 +194,31 @@ def _check_finished(output: RequestOutput) -> None:
         raise SampleError("engine_error", f"vLLM ended the request with {reason!r}.")
 
 
-def _find_tiling(config: Any) -> Tiling | None:
-    if "RForConditionalGeneration" not in (config.architectures or ()):
-        return None
-    return Tiling(config.image_grid_pinpoints, config.vision_config.image_size, config.vision_config.patch_size)
+def _open(image: EncodedImage, tiling: Tiling | None) -> Image.Image:
+    picture = open_prepared(image)
+    size = picture.size if tiling is None else tiling.fit(*picture.size)
+    return picture if size == picture.size else picture.resize(size)
 
 
-def _place_images(request: EngineRequest, tiling: Tiling | None) -> list[dict[str, Any]]:
+def _place_images(request: EngineRequest, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
     """The messages with each `{"type": "image"}` part replaced by the next image."""
-    images = iter(request.images)
+    images = iter(pictures)
     messages = []
     for message in request.messages:
         content = message["content"]
         if not isinstance(content, str):
-            content = [_place(part, images, tiling) for part in content]
+            content = [_place(part, images) for part in content]
         messages.append({**message, "content": content})
     return messages
 
 
-def _place(part: Mapping[str, Any], images: Any, tiling: Tiling | None) -> Mapping[str, Any]:
+def _place(part: Mapping[str, Any], images: Iterator[Image.Image]) -> Mapping[str, Any]:
     if part["type"] != "image":
         return part
-    image: DecodedImage | None = next(images, None)
+    image = next(images, None)
     if image is None:
         raise SampleError("request_invalid", "The messages name more images than the request holds.")
-    picture = Image.frombytes("RGB", (image.width, image.height), image.pixels)
-    size = picture.size if tiling is None else tiling.fit(*picture.size)
-    return {"type": "image_pil", "image_pil": picture if size == picture.size else picture.resize(size)}
+    return {"type": "image_pil", "image_pil": image}
 
 
 def _to_sample_error(error: Exception) -> SampleError:

@@ -1,0 +1,92 @@
+"""Columns that are Python values, as JSON has them, where others have Arrow's: their types are found by looking.
+
+Types are taken from the first samples of the input and hold for all of it, because the parts must be of one schema. A
+column that holds values of several types there is kept as JSON text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import SampleError, SpecError
+from pipeline.formats.contract import Head
+from pipeline.records import valid_text
+from pipeline.spec import JobSpec
+
+HEAD_ROWS = 64
+JSON_TEXT = {b"r4b.json": b"1"}
+"""Marks a kept column whose values are written as JSON text."""
+
+
+def make_head(job: JobSpec, rows: Sequence[Mapping[str, Any]], where_from: str) -> Head:
+    """The types of the columns that the job keeps or filters by; raises SpecError for one that no row has."""
+    names = list(dict.fromkeys([*job.output.keep_columns, *sorted(job.input.filter_columns)]))
+    present = sorted({name for row in rows for name in row})
+    for name in names:
+        if rows and name not in present:
+            key = "output.keep_columns" if name in job.output.keep_columns else "input.where"
+            raise SpecError(
+                f"{key}: none of the first {len(rows)} samples of {where_from} has a column {name!r}; "
+                f"they have {', '.join(present) or 'none'}."
+            )
+    head = Head(pa.schema([_infer(name, [row.get(name) for row in rows]) for name in names]), tuple(rows))
+    _check_filter(job, head.schema)
+    return head
+
+
+def _check_filter(job: JobSpec, schema: pa.Schema) -> None:
+    if job.input.filter is None:
+        return
+    try:
+        schema.empty_table().filter(job.input.filter)
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise SpecError(f"input.where: it cannot be applied to the input's columns: {error}") from error
+
+
+def _infer(name: str, values: Sequence[Any]) -> pa.Field:
+    try:
+        kind = pa.array([_clean(value) for value in values]).type
+    except pa.ArrowException:
+        return pa.field(name, pa.string(), metadata=JSON_TEXT)
+    return pa.field(name, pa.string() if pa.types.is_null(kind) else kind)
+
+
+def _clean(value: Any) -> Any:
+    """Arrow takes no lone surrogates; empty objects have no Parquet type."""
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list):
+        return [_clean(one) for one in value]
+    if isinstance(value, dict):
+        return {valid_text(key): _clean(one) for key, one in value.items()} or None
+    return value
+
+
+def keep_row(columns: Mapping[str, Any], names: Sequence[str], schema: pa.Schema) -> pa.Table:
+    """The named columns as one Arrow row of the head's types; raises SampleError for a value that does not fit."""
+    arrays = []
+    for name in names:
+        field, value = schema.field(name), _clean(columns.get(name))
+        if field.metadata == JSON_TEXT and value is not None:
+            value = json.dumps(value, ensure_ascii=False)
+        try:
+            arrays.append(pa.array([value], field.type))
+        except (pa.ArrowException, OverflowError) as error:
+            message = f"The column {name!r} is {value!r:.80}, which is no {field.type}, as the first samples have it."
+            raise SampleError("column_type", message) from error
+    return pa.table(arrays, pa.schema([schema.field(name) for name in names])) if names else one_empty_row()
+
+
+def one_empty_row() -> pa.Table:
+    """A row without columns."""
+    return pa.table({"": [None]}).select([])
+
+
+def row_passes(job: JobSpec, columns: Mapping[str, Any], schema: pa.Schema) -> bool:
+    """Whether `input.where` holds for this row; raises SampleError for a value that does not fit."""
+    if job.input.filter is None:
+        return True
+    names = sorted(job.input.filter_columns)
+    return bool(keep_row(columns, names, schema).filter(job.input.filter).num_rows)
