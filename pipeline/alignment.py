@@ -77,7 +77,7 @@ def _prompt_files(job: JobSpec, url: str) -> Iterator[ObjectInfo]:
         for info in open_store(url, job.storage).list(absolute_url(url)):
             if info.url.lower().endswith(PROMPT_ENDINGS) and (is_named(url, info) or not is_hidden(info)):
                 yield info
-    except (JobError, OSError) as error:
+    except (JobError, SpecError, OSError) as error:
         raise SpecError(f"prompts.url: {error}") from error
 
 

@@ -1,8 +1,9 @@
 """From the bytes that a dataset holds to the picture that travels to an engine: a checked file, no larger than needed.
 
 Every way in which bytes can fail to be a usable image becomes a `SampleError` with its own `error_type`; limits are
-checked on the header, before pixels are allocated. A plain picture keeps its very bytes. Any other becomes a PNG,
-upright, on white, 8 bits; a full-size copy of its pixels exists once, as decoded.
+checked on the header, before pixels are allocated. A plain picture keeps its very bytes, if few or if its size is
+what the model uses. Any other is made upright, on white, 8 bits, and as small as the model uses; a full-size copy of
+its pixels exists once, as decoded.
 Not covered: fetching; decoders that hang, crash or eat memory, which `pipeline.sandbox` bounds.
 """
 
@@ -23,6 +24,7 @@ _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 """Pillow's names of the formats that can be read. Its MPO, a JPEG with more pictures behind it, counts as JPEG."""
 PLAIN_FORMATS = ("JPEG", "PNG", "WEBP")
+WEBP_HEAD_BYTES = 8192
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
     + (".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -46,6 +48,12 @@ class ImageLimits:
     max_pixels: int = 100_000_000
     max_frames: int = 1_000
     formats: tuple[str, ...] = FORMATS
+    kept_bytes: int = 1 << 20
+    """A plain file of no more travels as it is, though the model may not use all of it: a copy would be larger."""
+    kept_pixels: int = 1 << 22
+    """So long as it has no more pixels than these, which an engine can decode without delay."""
+    lossless_pixels: int = 1 << 18
+    """A copy of more pixels is a JPEG, if its source was lossy."""
 
 
 def prepare_image(data: bytes | None, limits: ImageLimits, tiling: Tiling | None = None) -> EncodedImage:
@@ -54,7 +62,9 @@ def prepare_image(data: bytes | None, limits: ImageLimits, tiling: Tiling | None
     file_format = _find_format(checked, limits)
     try:
         picture = _decode(checked, file_format, limits, tiling)
-        return picture if isinstance(picture, EncodedImage) else _to_png(picture)
+        return (
+            picture if isinstance(picture, EncodedImage) else _to_file(picture, limits, _is_lossy(checked, file_format))
+        )
     except (SampleError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -117,8 +127,9 @@ def _decode(data: bytes, file_format: str, limits: ImageLimits, tiling: Tiling |
         turn = _find_turn(image)
         upright = image.size[::-1] if turn in QUARTER_TURNS else image.size
         size = upright if tiling is None else tiling.shrink(*upright)
-        if size == image.size and turn is None and not is_deep and _is_plain(image):
-            return EncodedImage(*size, data)
+        is_small = len(data) <= limits.kept_bytes and image.width * image.height <= limits.kept_pixels
+        if (size == image.size or is_small) and turn is None and not is_deep and _is_plain(image):
+            return EncodedImage(*image.size, data)
         picture = to_rgb(image, size[::-1] if turn in QUARTER_TURNS else size)
     image.close()  # frees its pixels: those of `picture` may be as many, and a turn needs as many again
     return picture if turn is None else picture.transpose(turn)
@@ -190,9 +201,17 @@ def _is_plain(image: Image.Image) -> bool:
     return one_picture and image.mode in ("RGB", "L") and "transparency" not in image.info
 
 
-def _to_png(picture: Image.Image) -> EncodedImage:
+def _is_lossy(data: bytes, file_format: str) -> bool:
+    return file_format in ("JPEG", "AVIF") or (file_format == "WEBP" and data.find(b"VP8L", 12, WEBP_HEAD_BYTES) < 0)
+
+
+def _to_file(picture: Image.Image, limits: ImageLimits, is_lossy: bool) -> EncodedImage:
+    """As PNG; a large picture whose source was lossy already as a JPEG that adds next to nothing to that."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
+    if is_lossy and picture.width * picture.height > limits.lossless_pixels:
+        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        picture.save(buffer, "PNG", compress_level=1)
     return EncodedImage(picture.width, picture.height, buffer.getvalue())
 
 

@@ -1,12 +1,12 @@
 """The input's files: those that are shards of its format, each once, with the files that belong to them.
 
-Files of one key (the name up to its first dot) stand together in a sorted listing, so companions are found without
-holding the listing. A name given in full or by a glob is taken as it is; a folder is filtered by endings.
+Files of one key (the name up to its first dot) stand together in a sorted listing, or with folders between them, so
+companions are found without holding the listing. A name given in full or by a glob is taken as it is; a folder is
+filtered by endings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import PurePosixPath
 
 from pipeline.errors import JobError, SpecError
@@ -49,12 +49,15 @@ class InputFiles:
 
     def _below(self, url: str) -> Iterator[Listing]:
         root = glob_root(absolute_url(url))
-        for _, group in groupby(list_files(self.job, url), key=_key_of):
-            files = list(group)
-            companions = [info for info in files if self._is_companion(info)]
+        for files in group_files(list_files(self.job, url)):
+            companions: dict[str, list[ObjectInfo]] = {}
+            for info in filter(self._is_companion, files):
+                companions.setdefault(_stem_of(info), []).append(info)
             for info in files:
-                if info not in companions and self._is_shard(url, info):
-                    yield Listing(root, info, tuple(one for one in companions if _belongs(one.url, info.url)))
+                if not self._is_companion(info) and self._is_shard(url, info):
+                    # `a.txt` and `a.jpg.txt` belong to `a.jpg`
+                    ours = companions.get(info.url, []) + companions.get(_stem_of(info), [])
+                    yield Listing(root, info, tuple(sorted(ours, key=lambda one: one.url)))
 
     def _is_companion(self, info: ObjectInfo) -> bool:
         return PurePosixPath(info.url).suffix.lower() in self.format.companions
@@ -73,6 +76,21 @@ def list_files(job: JobSpec, url: str) -> Iterator[ObjectInfo]:
         yield from open_store(url, job.storage).list(absolute_url(url))
     except (JobError, OSError) as error:
         raise SpecError(f"input.url: {error}") from error
+
+
+def group_files(files: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
+    """Sorted files by key: `a.c` and `a.e` go together, though files of the folder `a.d` stand between them."""
+    groups: list[tuple[str, list[ObjectInfo]]] = []
+    for info in files:
+        key = _key_of(info)
+        while groups and not info.url.startswith(groups[-1][0] + "."):
+            yield groups.pop()[1]
+        if groups and groups[-1][0] == key:
+            groups[-1][1].append(info)
+        else:
+            groups.append((key, [info]))
+    while groups:
+        yield groups.pop()[1]
 
 
 def choose_format(job: JobSpec) -> tuple[InputFiles, str | None]:
@@ -101,7 +119,5 @@ def _key_of(info: ObjectInfo) -> str:
     return f"{folder}/{name.partition('.')[0]}"
 
 
-def _belongs(companion: str, shard: str) -> bool:
-    """`a.txt` and `a.jpg.txt` belong to `a.jpg`."""
-    stem = companion.rpartition(".")[0]
-    return stem in (shard, shard.rpartition(".")[0])
+def _stem_of(info: ObjectInfo) -> str:
+    return info.url.rpartition(".")[0]

@@ -180,7 +180,6 @@ class _ChunkMaker:
         self._work, self._settings = work, settings
         self._asker = Asker(settings.job, work.chunk.prompts or settings.prompt_table)
         self._kept: list[pa.Table] = []
-        self._origins: list[int] = []
         self._row = 0
         self.counts = ReadCounts()
 
@@ -200,8 +199,7 @@ class _ChunkMaker:
                 self._count("num_without_prompt")
             tasks = [_to_task(one, sample_id, sample) for one in self._due(asked)]
             if tasks:
-                self._origins += [len(self._kept)] * len(tasks)
-                self._kept.append(sample.kept if sample.kept is not None else self._null_row())
+                self._kept += [sample.kept if sample.kept is not None else self._null_row()] * len(tasks)
                 yield _Draft(sample, tasks)
 
     def _count(self, name: str) -> None:
@@ -225,18 +223,26 @@ class _ChunkMaker:
 
     def _null_row(self) -> pa.Table:
         schema = self._kept_schema()
-        return pa.table([pa.nulls(1, field.type) for field in schema], schema)
+        return pa.table([_null_array(field.type) for field in schema], schema)
 
     def kept_rows(self) -> pa.Table:
         """One Arrow row of kept columns for each task."""
         schema = self._kept_schema()
         if not schema.names:
-            return pa.table({"": pa.nulls(len(self._origins))}).select([])
+            return pa.table({"": pa.nulls(len(self._kept))}).select([])
         arrays = [
             pa.chunked_array([piece for row in self._kept for piece in row.column(field.name).chunks], field.type)
             for field in schema
         ]
-        return pa.table(arrays, schema).unify_dictionaries().combine_chunks().take(pa.array(self._origins, pa.int64()))
+        return pa.table(arrays, schema).unify_dictionaries().combine_chunks()
+
+
+def _null_array(kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array([None], kind)
+    except pa.ArrowNotImplementedError:
+        # `nulls` takes every type, but makes nulls of a struct's fields too, which some must not be in Parquet
+        return pa.nulls(1, kind)
 
 
 def is_drawn(sample_id: str, spec: SampleSpec) -> bool:

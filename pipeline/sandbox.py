@@ -4,7 +4,7 @@ A child decodes one image at a time, under a limit of time and one of address sp
 hold inside C code too. It is started afresh, never forked: it knows nothing of its parent's threads, modules, open
 files and secrets in the environment, and it ends with its parent.
 The invariant: whatever the bytes, `prepare` gives a picture or raises SampleError, and the next image is answered as
-if nothing had been. An image is blamed for a dead child only if the child was new.
+if nothing had been. A crash or a lack of memory is an image's fault only in a child that saw no other.
 Not covered: a decoder that an attacker takes over: the child has its parent's rights to files and network.
 """
 
@@ -31,6 +31,7 @@ from pipeline.records import EncodedImage
 from pipeline.tiling import Tiling
 
 Decode = Callable[[bytes, ImageLimits, Tiling | None], EncodedImage]
+PATIENCE = 5
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class SandboxLimits:
     """What one image may cost, and how many are decoded at once."""
 
     timeout_s: float = 20.0
+    """Of processor time, so that a busy machine fails no image; a decoder that waits gets PATIENCE times as long."""
     memory_bytes: int = 1 << 30
     """Address space above what a child has when it is ready; the file's bytes and the result are in it."""
     num_processes: int = 2
@@ -123,7 +125,7 @@ class _Child:
             self._link.send_bytes(pickle.dumps(order))
             self.is_ready = self._link.recv_bytes() == READY
         except (EOFError, OSError) as error:
-            raise JobError(f"The process that decodes images did not start: {self._end()}.") from error
+            raise JobError(f"The process that decodes images did not start: {_in_words(self._end())}.") from error
         finally:
             if not self.is_ready:
                 self.stop()
@@ -144,18 +146,30 @@ class _Child:
 
     def stop(self) -> None:
         """End the process, whatever it does."""
+        self.is_ready = False
         self._link.close()
         self._process.kill()
         self._process.communicate()
 
     def _why_it_ended(self) -> SampleError:
-        if self._process.wait() == -signal.SIGALRM:
-            return SampleError("image_decoder_timeout", f"The image was not decoded in {self._limits.timeout_s:g} s.")
-        return SampleError("image_decoder_crashed", f"The image made its decoder crash: {self._end()}.")
+        code, seconds = self._end(), self._limits.timeout_s
+        if code == -signal.SIGPROF:
+            return SampleError(
+                "image_decoder_timeout", f"The image was not decoded in {seconds:g} s of processor time."
+            )
+        if code == -signal.SIGALRM:
+            return SampleError("image_decoder_timeout", f"The image was not decoded in {seconds * PATIENCE:g} s.")
+        return SampleError("image_decoder_crashed", f"The image made its decoder crash: {_in_words(code)}.")
 
-    def _end(self) -> str:
-        code = self._process.wait()
-        return f"exit code {code}" if code >= 0 else signal.strsignal(-code) or f"signal {-code}"
+    def _end(self) -> int:
+        """The exit code of a process whose link is broken; were it still there, it would end now."""
+        self._link.close()
+        self._process.communicate()
+        return self._process.returncode
+
+
+def _in_words(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.strsignal(-code) or f"signal {-code}"
 
 
 READY = b"ready"
@@ -178,7 +192,7 @@ def serve() -> None:
     """The child: answer until the parent closes the link."""
     link = Connection(int(sys.argv[1]))
     order: _Order = pickle.loads(link.recv_bytes())
-    _end_on(signal.SIGALRM, signal.SIGIO)
+    _end_on(signal.SIGPROF, signal.SIGALRM, signal.SIGIO)
     _end_with_parent()
     _limit_memory(order.limits.memory_bytes)
     link.send_bytes(READY)
@@ -192,11 +206,13 @@ def serve() -> None:
 
 
 def _answer(data: bytes, order: _Order) -> list[bytes]:
-    """A JSON head, and with a picture its bytes: none where they are those that came. No pickle: the parent trusts
-    the child's bytes no more than the image's."""
+    """A JSON head, and after a picture's its bytes; none where they are those that came.
+
+    No pickle: the parent trusts what a child sends no more than what the child was sent.
+    """
     c_errno = _errno_of_c()
     c_errno.value = 0
-    signal.setitimer(signal.ITIMER_REAL, order.limits.timeout_s)
+    _set_timers(order.limits.timeout_s)
     try:
         image = order.decode(data, order.images, order.tiling)
     except SampleError as error:
@@ -207,7 +223,7 @@ def _answer(data: bytes, order: _Order) -> list[bytes]:
     except MemoryError:
         return [_out_of_memory(order)]
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0.0)
     return [_to_json(width=image.width, height=image.height), b"" if image.data is data else image.data]
 
 
@@ -233,6 +249,12 @@ def _end_on(*signals: signal.Signals) -> None:
     for number in signals:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def _set_timers(timeout_s: float) -> None:
+    """Have the kernel end the process then; 0 calls it off."""
+    signal.setitimer(signal.ITIMER_PROF, timeout_s)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s * PATIENCE)
 
 
 def _end_with_parent() -> None:

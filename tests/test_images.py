@@ -22,7 +22,8 @@ from pipeline.tiling import R4B_TILING, Tiling
 from tests.builders import encode, png_bytes
 
 LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1_000_000, max_frames=10)
-ROOMY = ImageLimits()
+ROOMY = ImageLimits(kept_bytes=0, lossless_pixels=1 << 30)
+"""Whatever must not travel as it is becomes a PNG."""
 SMALL_TILES = Tiling(tuple((56 * rows, 56 * columns) for rows in range(1, 7) for columns in range(1, 7)), 56, 14)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
@@ -431,6 +432,12 @@ def tall_noise(channels: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (600, 500, channels), dtype=np.uint8).squeeze()
 
 
+def brightest_at_its_end() -> np.ndarray:
+    levels = tall_noise(1).astype(np.float32)
+    levels[-1] *= 3
+    return levels
+
+
 def colors() -> Image.Image:
     return Image.fromarray(tall_noise(3))
 
@@ -466,7 +473,7 @@ ODD: list[tuple[str, Callable[[], bytes]]] = [
         lambda: encode(Image.frombytes("I;16B", (500, 600), tall_noise(2).tobytes()), "TIFF"),
     ),
     ("32-bit gray TIFF", lambda: encode(Image.fromarray(tall_noise(4).view("<i4")[:, :, 0]), "TIFF")),
-    ("float TIFF", lambda: encode(Image.fromarray(tall_noise(1).astype(np.float32) * 3), "TIFF")),
+    ("float TIFF, brightest at its end", lambda: encode(Image.fromarray(brightest_at_its_end()), "TIFF")),
     ("16-bit RGB PNG", lambda: crafted_png(500, 600, zlib.compress((b"\0" + bytes(range(200)) * 15) * 600, 1), 16)),
     ("animated WebP", lambda: encode(colors(), "WEBP", save_all=True, append_images=[noise(500, 600)], method=0)),
     ("animated PNG", lambda: encode(colors(), save_all=True, append_images=[noise(500, 600)], compress_level=1)),
@@ -506,6 +513,7 @@ def test_prepare_image_of_any_other_file_is_a_png_of_the_same_pixels(data: Calla
     file = data()
     image = prepare_image(file, ROOMY)
     assert image.data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert image.data != file
     assert open_prepared(image).tobytes() == in_one_go(file).tobytes()
 
 
@@ -516,6 +524,41 @@ def test_prepare_image_makes_a_large_image_of_any_kind_small_as_if_in_one_go(dat
     size = SMALL_TILES.shrink(500, 600)
     assert (image.width, image.height) == size != (500, 600)
     assert open_prepared(image).tobytes() == in_one_go(file).resize(size, Image.Resampling.BICUBIC).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({}, True),
+        ({"kept_bytes": 1000}, False),
+        ({"kept_pixels": 500 * 600}, True),
+        ({"kept_pixels": 500 * 600 - 1}, False),
+    ],
+)
+def test_prepare_image_plain_file_travels_as_it_is_if_no_copy_would_be_smaller(
+    limits: dict[str, int], kept: bool
+) -> None:
+    file = encode(Image.new("RGB", (500, 600), (9, 99, 200)), "JPEG")
+    image = prepare_image(file, ImageLimits(**limits), SMALL_TILES)
+    assert len(file) > 1000
+    assert (image.data is file) == kept
+    assert (image.width, image.height) == ((500, 600) if kept else SMALL_TILES.shrink(500, 600))
+
+
+@pytest.mark.parametrize(("file_format", "copy"), [("JPEG", b"\xff\xd8"), ("PNG", b"\x89PNG"), ("WEBP", b"\xff\xd8")])
+def test_prepare_image_large_copy_of_a_lossy_file_is_a_jpeg_of_nearly_the_same_pixels(
+    file_format: str, copy: bytes
+) -> None:
+    """Of a PNG it is a PNG, and so it is of a lossless WebP."""
+    smooth = Image.radial_gradient("L").resize((500, 600)).convert("RGB")
+    image = prepare_image(encode(smooth, file_format), ImageLimits(kept_bytes=0, lossless_pixels=1000), SMALL_TILES)
+    assert image.data.startswith(copy)
+    exact = prepare_image(encode(smooth, file_format), ROOMY, SMALL_TILES)
+    assert exact.data.startswith(b"\x89PNG")
+    pixels = [np.asarray(open_prepared(one)).astype(int) for one in (image, exact)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 4
+    lossless = prepare_image(encode(smooth, "WEBP", lossless=True), ImageLimits(kept_bytes=0, lossless_pixels=1000))
+    assert lossless.data[8:12] == b"WEBP"
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])

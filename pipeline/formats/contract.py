@@ -40,7 +40,7 @@ class Sample:
     position: int = 0
     """Where it stands in the shard (`Anchor.position`)."""
     kept: pa.Table | None = None
-    """Its kept columns as one Arrow row; None for a sample with an error."""
+    """Its kept columns as one Arrow row; None for a sample that has an error or does not pass."""
     error: SampleError | None = None
     """Nothing of this sample can be read."""
     passes: bool = True

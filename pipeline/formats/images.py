@@ -90,7 +90,7 @@ def _to_sample(job: JobSpec, span: Span, index: int, schema: pa.Schema) -> Sampl
     try:
         columns = _columns_of(job, span.shard.url, member)
         passes = row_passes(job, columns, schema)
-        kept = keep_row(columns, job.output.keep_columns, schema)
+        kept = keep_row(columns, job.output.keep_columns, schema) if passes else None
     except SampleError as error:
         return Sample(index, path, columns, error=error)
     return Sample(index, path, columns, (ImageRef(*member[0]),), kept=kept, passes=passes)

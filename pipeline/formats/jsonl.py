@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.errors import JobError, SampleError, SpecError
 from pipeline.formats.contract import Head, Listing, Note, Sample, Span, Wanted, damaged
-from pipeline.formats.jsonlines import JsonRow, iter_json_rows
+from pipeline.formats.jsonlines import JsonRow, compression_of, iter_json_rows
 from pipeline.formats.loose import HEAD_ROWS, keep_row, make_head, row_passes
 from pipeline.formats.sources import to_sources
 from pipeline.records import Chunk, Shard, valid_text
@@ -40,7 +40,7 @@ class JsonlFormat:
     def _first_rows(self, job: JobSpec, shard: Shard) -> list[Any]:
         try:
             with open_buffered(shard.url, job.storage, shard.version) as file:
-                rows = iter_json_rows(file, find_compression(file))
+                rows = iter_json_rows(file, find_compression(file, shard.url))
                 return [row.row for row in islice(rows, HEAD_ROWS)]
         except (JobError, OSError) as error:
             raise SpecError(f"input.url: {error}") from error
@@ -53,7 +53,7 @@ class JsonlFormat:
         """As the contract says."""
         url = span.shard.url
         with open_buffered(url, job.storage, span.shard.version, job.limits.fetch_timeout_s) as file:
-            compression = find_compression(file) if span.anchor.position == 0 else None
+            compression = find_compression(file, url) if span.anchor.position == 0 else None
             rows = iter_json_rows(file, compression, wanted, span.anchor.sample, span.anchor.position)
             for row in rows:
                 if span.stop is not None and row.index >= span.stop:
@@ -65,10 +65,12 @@ class JsonlFormat:
 FORMAT = JsonlFormat()
 
 
-def find_compression(file: BinaryIO) -> str | None:
-    """By its first bytes, whatever its name; leaves the file at its beginning."""
+def find_compression(file: BinaryIO, url: str) -> str | None:
+    """By its first bytes, whatever its name, if it has any; leaves the file at its beginning."""
     magic = file.read(4)
     file.seek(0)
+    if not magic:
+        return compression_of(url)
     if magic[:2] == b"\x1f\x8b":
         return "gzip"
     return "zstd" if magic == b"\x28\xb5\x2f\xfd" else None
@@ -99,7 +101,7 @@ def _to_sample(job: JobSpec, span: Span, row: JsonRow, schema: pa.Schema) -> Sam
     sample_id = None if named is None else str(named)
     try:
         passes = row_passes(job, row.row, schema)
-        kept = keep_row(row.row, job.output.keep_columns, schema)
+        kept = keep_row(row.row, job.output.keep_columns, schema) if passes else None
     except SampleError as error:
         return Sample(row.index, sample_id, row.row, position=row.offset, error=error)
     sources = to_sources([row.row.get(name) for name in columns.images], span.shard.url) if passes else ()

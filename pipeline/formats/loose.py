@@ -47,10 +47,34 @@ def _check_filter(job: JobSpec, schema: pa.Schema) -> None:
 
 def _infer(name: str, values: Sequence[Any]) -> pa.Field:
     try:
-        kind = pa.array([_clean(value) for value in values]).type
-    except pa.ArrowException:
+        clean = [_clean(value) for value in values]
+        array = pa.array(clean)
+    except UNFIT:
         return pa.field(name, pa.string(), metadata=JSON_TEXT)
-    return pa.field(name, pa.string() if pa.types.is_null(kind) else kind)
+    if pa.types.is_null(array.type):
+        return pa.field(name, pa.string())
+    if not _is_whole(array.type) or not _is_same(clean, array.to_pylist()):
+        return pa.field(name, pa.string(), metadata=JSON_TEXT)
+    return pa.field(name, array.type)
+
+
+UNFIT = (pa.ArrowException, OverflowError, RecursionError)
+"""Types that differ, an integer of more than 64 bits, lists in lists without end."""
+
+
+def _is_whole(kind: pa.DataType, levels: int = 16) -> bool:
+    """Whether a type is known through all its levels, as that of empty lists is not, and Parquet has so many."""
+    fields = (kind.field(n).type for n in range(kind.num_fields))
+    return levels > 0 and not pa.types.is_null(kind) and all(_is_whole(one, levels - 1) for one in fields)
+
+
+def _is_same(value: Any, kept: Any) -> bool:
+    """Whether Arrow kept a value whole: of 2.5 it makes 2, of "ab" a list, of true 1.0, and it drops unknown fields."""
+    if isinstance(value, dict) and isinstance(kept, dict):
+        return value.keys() <= kept.keys() and all(_is_same(one, kept[name]) for name, one in value.items())
+    if isinstance(value, list) and isinstance(kept, list):
+        return all(map(_is_same, value, kept))
+    return (value == kept or value != value) and isinstance(value, bool) == isinstance(kept, bool)
 
 
 def _clean(value: Any) -> Any:
@@ -66,17 +90,23 @@ def _clean(value: Any) -> Any:
 
 def keep_row(columns: Mapping[str, Any], names: Sequence[str], schema: pa.Schema) -> pa.Table:
     """The named columns as one Arrow row of the head's types; raises SampleError for a value that does not fit."""
-    arrays = []
-    for name in names:
-        field, value = schema.field(name), _clean(columns.get(name))
+    arrays = [_keep_value(columns.get(name), schema.field(name)) for name in names]
+    return pa.table(arrays, pa.schema([schema.field(name) for name in names])) if names else one_empty_row()
+
+
+def _keep_value(value: Any, field: pa.Field) -> pa.Array:
+    shown = "nested too deeply"
+    try:
+        value, shown = _clean(value), f"{value!r:.80}"
         if field.metadata == JSON_TEXT and value is not None:
             value = json.dumps(value, ensure_ascii=False)
-        try:
-            arrays.append(pa.array([value], field.type))
-        except (pa.ArrowException, OverflowError) as error:
-            message = f"The column {name!r} is {value!r:.80}, which is no {field.type}, as the first samples have it."
-            raise SampleError("column_type", message) from error
-    return pa.table(arrays, pa.schema([schema.field(name) for name in names])) if names else one_empty_row()
+        array = pa.array([value], field.type)
+        if _is_same(value, array[0].as_py()):
+            return array
+    except UNFIT:
+        pass  # said below, as for a value that Arrow changed
+    message = f"The column {field.name!r} is {shown}, which is no {field.type}, as the first samples have it."
+    raise SampleError("column_type", message)
 
 
 def one_empty_row() -> pa.Table:

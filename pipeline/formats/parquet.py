@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, ShardChangedError, SpecError, StoreUnavailableError
+from pipeline.errors import JobError, SampleError, ShardChangedError, SpecError, StoreUnavailableError
 from pipeline.formats.contract import Head, Listing, Note, Sample, Span, Wanted, damaged
 from pipeline.formats.sources import to_sources
 from pipeline.records import Anchor, Chunk, Shard
@@ -25,7 +25,8 @@ FOOTERS_AT_ONCE = 16
 ROWS_AT_ONCE = 16
 """Rows whose images are held as they were read."""
 PAGE_BUFFER_BYTES = 1 << 20
-UNREADABLE = (pa.ArrowException, OSError)
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""The last for names of columns that are not UTF-8."""
 
 
 class ParquetFormat:
@@ -93,7 +94,7 @@ def check_columns(job: JobSpec, shard: str, schema: pa.Schema) -> None:
     """Every column that the spec names must be there and, for images, be of a kind that can be read."""
     columns = job.input.columns
     wanted = dict.fromkeys(columns.images, "input.columns.image")
-    if columns.id is not None and "id" in columns.model_fields_set:
+    if columns.id is not None and ("id" in columns.model_fields_set or columns.id in schema.names):
         wanted[columns.id] = "input.columns.id"
     wanted |= {name: f"prompts.{prompt.id}" for prompt in job.spec_prompts for name in sorted(prompt.columns)}
     wanted |= dict.fromkeys(sorted(job.input.filter_columns), "input.where")
@@ -101,6 +102,8 @@ def check_columns(job: JobSpec, shard: str, schema: pa.Schema) -> None:
     for name, key in wanted.items():
         if name not in schema.names:
             raise SpecError(f"{key}: {shard} has no column {name!r}; it has {', '.join(schema.names)}.")
+        if schema.names.count(name) > 1:
+            raise SpecError(f"{key}: {shard} has several columns {name!r}.")
     for name in columns.images:
         if not _holds_images(schema.field(name).type):
             raise SpecError(
@@ -121,10 +124,11 @@ def _check_filter(job: JobSpec, schema: pa.Schema) -> None:
 
 def _holds_images(kind: pa.DataType) -> bool:
     types = pa.types
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    if any(is_kind(kind) for is_kind in lists):
+        kind = kind.value_type
     if types.is_dictionary(kind):
         kind = kind.value_type
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _holds_images(kind.value_type)
     if types.is_struct(kind):
         return any(kind.get_field_index(name) >= 0 for name in ("bytes", "path"))
     return any(
@@ -160,12 +164,12 @@ def _read_footer(job: JobSpec, listing: Listing) -> tuple[pa.Schema, list[int], 
         raise OSError(str(error)) from error
 
 
-def _possible_groups(file: BinaryIO, where: pc.Expression) -> frozenset[int]:
+def _possible_groups(file: BinaryIO, where: pc.Expression) -> frozenset[int] | None:
     try:
         fragment = pads.ParquetFileFormat().make_fragment(pa.PythonFile(file, "r"))
         return frozenset(group.id for group in fragment.subset(filter=where).row_groups)
-    except (pa.ArrowException, NotImplementedError) as error:
-        raise SpecError(f"input.where: it cannot be applied to the input's columns: {error}") from error
+    except (pa.ArrowException, NotImplementedError):  # `check_columns` says why it does not fit
+        return None
 
 
 def _try_footer(job: JobSpec, listing: Listing) -> tuple[pa.Schema, list[int], frozenset[int] | None] | str:
@@ -222,6 +226,8 @@ def _read_group(
                     return
                 yield sample
             row += batch.num_rows
+        if row < stop:  # Arrow gives fewer rows than the footer says, where a page is damaged in its head
+            raise OSError(f"it ends after {row - first_row} of its {end - first_row} rows")
     except ShardChangedError:
         raise
     except UNREADABLE as error:
@@ -231,22 +237,31 @@ def _read_group(
 
 
 def _batch_samples(job: JobSpec, span: Span, batch: pa.RecordBatch, first_row: int, wanted: Wanted) -> Iterator[Sample]:
-    columns, passes = job.input.columns, _passing(job, batch)
-    names = sorted(frozenset().union(*(prompt.columns for prompt in job.spec_prompts)))
+    passes = _passing(job, batch)
     for n in range(batch.num_rows):
-        if not wanted(first_row + n):
-            yield Sample(first_row + n, None)
+        if not (wanted(first_row + n) and passes[n]):
+            yield Sample(first_row + n, None, passes=passes[n])
             continue
-        named = columns.id is not None and columns.id in batch.schema.names
-        sample_id = batch.column(columns.id)[n].as_py() if named else None
-        yield Sample(
-            first_row + n,
-            None if sample_id is None else str(sample_id),
-            {name: batch.column(name)[n].as_py() for name in names},
-            to_sources([batch.column(name)[n].as_py() for name in columns.images], span.shard.url) if passes[n] else (),
-            kept=pa.Table.from_batches([batch.slice(n, 1).select(job.output.keep_columns)]),
-            passes=passes[n],
-        )
+        try:
+            yield _to_sample(job, span, batch.slice(n, 1), first_row + n)
+        except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is no UTF-8, a time beyond Python's
+            message = f"Row {first_row + n} of {span.shard.url} holds a value that cannot be read: {error}."
+            yield Sample(first_row + n, None, error=SampleError("row_invalid", message))
+
+
+def _to_sample(job: JobSpec, span: Span, row: pa.RecordBatch, index: int) -> Sample:
+    columns = job.input.columns
+    names = sorted(frozenset().union(*(prompt.columns for prompt in job.spec_prompts)))
+    sample_id = row.column(columns.id)[0].as_py() if columns.id in row.schema.names else None
+    kept = pa.Table.from_batches([row.select(job.output.keep_columns)])
+    kept.validate(full=True)  # a part with text that is no UTF-8 is one that others cannot read
+    return Sample(
+        index,
+        None if sample_id is None else str(sample_id),
+        {name: row.column(name)[0].as_py() for name in names},
+        to_sources([row.column(name)[0].as_py() for name in columns.images], span.shard.url),
+        kept=kept,
+    )
 
 
 def _passing(job: JobSpec, batch: pa.RecordBatch) -> list[bool]:

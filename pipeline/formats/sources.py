@@ -6,8 +6,8 @@ Not covered: fetching.
 """
 
 import base64
-import binascii
 import posixpath
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +24,7 @@ def to_sources(values: Sequence[Any], shard_url: str) -> tuple[ImageSource, ...]
             sources += [to_source(one, shard_url) for one in value]
         else:
             sources.append(to_source(value, shard_url))
-    return tuple(sources)
+    return tuple(sources) or (None,)  # lists that are all empty: nobody asks about no image
 
 
 def to_source(value: Any, shard_url: str) -> ImageSource:
@@ -42,29 +42,46 @@ def to_source(value: Any, shard_url: str) -> ImageSource:
 
 def find_named(name: str, shard_url: str) -> ImageSource:
     """Where a name points to, seen from its shard."""
-    scheme = name.partition(":")[0].lower() if ":" in name.partition("/")[0] else ""
-    if scheme == "data":
+    if name[:5].lower() == "data:":
         return _decode_data_url(name)
-    if scheme in ("http", "https", "s3"):
+    found = SCHEME.match(name)
+    scheme = (found[1] or "file").lower() if found else ""
+    if scheme in ("http", "https"):
         return ImageRef(name)
-    if scheme and "://" in name and scheme != "file":
+    if scheme not in ("", "file", "s3"):
         return _refused(name, "is no s3://, http://, https:// or file:// URL")
-    path = name[len("file://") :] if scheme == "file" else name
-    if path.startswith("/"):
-        if shard_url.startswith("s3://"):
-            return _refused(name, "names a file of this machine, but its shard is not on it")
-        return ImageRef(posixpath.normpath(path))
-    return _find_relative(path, shard_url)
-
-
-def _find_relative(path: str, shard_url: str) -> ImageSource:
+    path = name[found.end() :] if found else name
+    if scheme == "s3":
+        bucket, _, key = path.partition("/")
+        return _find_object(bucket, key.split("/"), name)
     if not shard_url.startswith("s3://"):
         return ImageRef(posixpath.normpath(posixpath.join(posixpath.dirname(shard_url), path)))
+    if path.startswith("/"):
+        return _refused(name, "names a file of this machine, but its shard is not on it")
     bucket, key = split_s3(shard_url)
-    joined = posixpath.normpath(posixpath.join("/", posixpath.dirname(key), path))
-    if posixpath.normpath(posixpath.join(posixpath.dirname(key), path)).startswith(".."):
-        return _refused(path, "leads out of its bucket")
-    return ImageRef(f"s3://{bucket}{joined}")
+    return _find_object(bucket, [*key.split("/")[:-1], *path.split("/")], name)
+
+
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|file:(?=/)", re.IGNORECASE)
+BUCKET = re.compile(r"[A-Za-z0-9._-]+")
+NO_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+MAX_KEY_BYTES = 1024
+"""Of S3. What a store refuses as a name must not reach it: its answer is that of a store that refuses everything."""
+
+
+def _find_object(bucket: str, levels: Sequence[str], name: str) -> ImageSource:
+    path: list[str] = []
+    for level in levels:
+        if level == ".." and not path:
+            return _refused(name, "leads out of its bucket")
+        if level == "..":
+            path.pop()
+        elif level != ".":
+            path.append(level)
+    key = "/".join(path)
+    if not BUCKET.fullmatch(bucket) or not key or NO_KEY.search(key) or len(key.encode()) > MAX_KEY_BYTES:
+        return SampleError("image_name_invalid", f"The image path {_shown(name)} names no object of a bucket.")
+    return ImageRef(f"s3://{bucket}/{key}")
 
 
 def _decode_data_url(name: str) -> ImageSource:
@@ -72,10 +89,15 @@ def _decode_data_url(name: str) -> ImageSource:
     try:
         if comma and kind.endswith(";base64"):
             return base64.b64decode(body, validate=True)
-    except binascii.Error:
+    except ValueError:
         pass  # said below, as for every other data URL that holds no base64
     return SampleError("image_name_invalid", "The image's data: URL does not hold base64.")
 
 
 def _refused(name: str, why: str) -> SampleError:
-    return SampleError("image_path_refused", f"The image path {name.partition('?')[0][:200]!r} {why}.")
+    return SampleError("image_path_refused", f"The image path {_shown(name)} {why}.")
+
+
+def _shown(name: str) -> str:
+    """Without a query and a user, which may be secrets."""
+    return repr(re.sub(r"//[^/]*@", "//", name.partition("?")[0])[:200])

@@ -42,7 +42,7 @@ class WebDatasetFormat:
             samples = list(self._first_samples(job, listing.shard))
             if samples:
                 _check_images(job, samples, listing.info.url)
-                return make_head(job, [_columns_of(sample) for sample in samples], listing.info.url)
+                return make_head(job, _readable_columns(samples), listing.info.url)
         raise SpecError(f"input.url: no sample can be read from {', '.join(job.input.urls)}.")
 
     def _first_samples(self, job: JobSpec, shard: Shard) -> Iterator[TarSample]:
@@ -132,12 +132,12 @@ LAST = 1 << 62
 
 
 def _check_images(job: JobSpec, samples: list[TarSample], url: str) -> None:
-    extensions = sorted({extension for sample in samples for extension in sample.members or ()})
-    if not any(_image_members(job, sample.members or {}) for sample in samples):
+    held = [sample.members or {} for sample in samples]
+    if not any(name in members for members in held for name in _image_members(job, members)):
         named = job.input.columns.images if _names_images(job) else ["an image"]
         raise SpecError(
             f"input.columns.image: none of the first {len(samples)} samples of {url} has {' or '.join(named)}; "
-            f"their members end in {', '.join(extensions)}."
+            f"their members end in {', '.join(sorted({name for members in held for name in members}))}."
         )
 
 
@@ -148,8 +148,18 @@ def _names_images(job: JobSpec) -> bool:
 def _image_members(job: JobSpec, members: Mapping[str, Any]) -> list[str]:
     """Extensions of the image members: those that the spec names, or all that look like images, in the tar's order."""
     if _names_images(job):
-        return [name for name in job.input.columns.images if name.lower() in members]
+        return [name.lower() for name in job.input.columns.images]
     return [name for name in members if "." + name.rpartition(".")[2] in EXTENSIONS]
+
+
+def _readable_columns(samples: list[TarSample]) -> list[dict[str, Any]]:
+    rows = []
+    for sample in samples:
+        try:
+            rows.append(_columns_of(sample))
+        except SampleError:
+            continue  # such a sample becomes an error row; it says nothing about the others
+    return rows
 
 
 def _columns_of(sample: TarSample) -> dict[str, Any]:
@@ -184,15 +194,21 @@ def _to_sample(job: JobSpec, url: str, sample: TarSample, schema: pa.Schema) -> 
     try:
         columns = _columns_of(sample)
         passes = row_passes(job, columns, schema)
-        kept = keep_row(columns, job.output.keep_columns, schema)
+        kept = keep_row(columns, job.output.keep_columns, schema) if passes else None
     except SampleError as error:
-        return Sample(sample.index, key, columns, position=sample.offset, error=error)
+        return Sample(sample.index, _sample_id(job, columns), columns, position=sample.offset, error=error)
+    held = ", ".join(sample.members)
+    missing = SampleError("image_missing", f"The sample {key!r} lacks an image; its members end in {held}.")
     sources: tuple[ImageSource, ...] = tuple(
-        sample.members[name.lower()] for name in _image_members(job, sample.members)
+        sample.members.get(name, missing) for name in _image_members(job, sample.members)
     )
-    if not sources:
-        held = ", ".join(sample.members)
-        sources = (SampleError("image_missing", f"The sample {key!r} has no image; its members end in {held}."),)
-    named = job.input.columns.id if "id" in job.input.columns.model_fields_set else None
-    sample_id = key if named is None or columns.get(named) is None else str(columns[named])
-    return Sample(sample.index, sample_id, columns, sources, sample.offset, kept, passes=passes)
+    sample_id = _sample_id(job, columns)
+    return Sample(sample.index, sample_id, columns, sources or (missing,), sample.offset, kept, passes=passes)
+
+
+def _sample_id(job: JobSpec, columns: Mapping[str, Any]) -> str | None:
+    """The key, unless the spec names a column; None where it wants numbers."""
+    named = job.input.columns.id if "id" in job.input.columns.model_fields_set else "key"
+    if named is None:
+        return None
+    return str(columns["key"] if columns.get(named) is None else columns[named])
