@@ -109,9 +109,7 @@ def kind_of(process: psutil.Process, root: int) -> str:
         return "engine actor"
     if "pipeline.sandbox" in title:
         return "sandbox"
-    if title.startswith("ray::") or "default_worker" in title:
-        return "read and commit workers"
-    return "raylet" if "raylet/raylet" in title else "other Ray services"
+    return "read and commit workers" if title.startswith("ray::") or "default_worker" in title else "Ray services"
 
 
 def run_job(folder: Path, chunk_rows: int) -> MemoryMeter:
@@ -152,7 +150,8 @@ def main() -> None:
         write = write_tar if args.format == "tar" else write_parquet
         shard = folder / "in" / f"photos.{args.format}"
         rows = write(shard, (width, height), int(args.gigabytes * 1e9))
-        print(f"{shard.name}: {rows} photos of {args.size}, {shard.stat().st_size / 1e9:.2f} GB", flush=True)
+        groups = f", {pq.read_metadata(shard).num_row_groups} row group" if args.format == "parquet" else ""
+        print(f"{shard.name}: {rows} photos of {args.size}, {shard.stat().st_size / 1e9:.2f} GB{groups}", flush=True)
         meter = run_job(folder, args.chunk_rows)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

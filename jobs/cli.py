@@ -154,7 +154,7 @@ def describe_manifest(job: JobSpec, manifest: Manifest) -> str:
     if manifest.prompts_without_sample or manifest.prompts_unreadable:
         lines.append(
             f"{manifest.prompts_without_sample or 0} prompts have no sample, "
-            f"{manifest.prompts_unreadable} lines of prompt shards name none"
+            f"{manifest.prompts_unreadable or 0} lines of prompt shards name none"
         )
         lines += [f"  {example}" for example in manifest.examples_without_sample]
     lines += [f"damaged: {shard}" for shard in manifest.damaged_shards]

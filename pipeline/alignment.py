@@ -48,9 +48,18 @@ class PromptListing:
             )
         return replace(listing, prompts=found)
 
-    def unclaimed(self) -> tuple[Named, ...]:
-        """Prompt shards that belong to no shard."""
-        return tuple(found for found in self.by_path.values() if found not in self.claimed)
+    def check(self) -> None:
+        """Raise SpecError if no prompt shard belongs to any shard: then the names were meant otherwise."""
+        if self.by_path and not self.claimed:
+            (first, *_) = self.by_path.values()
+            raise SpecError(
+                f"prompts.url: no prompt shard, such as {first[0]}, has the name of a shard of the input; "
+                "rename them, or use one table (prompts.shape: table)."
+            )
+
+    @property
+    def all(self) -> tuple[Named, ...]:
+        return tuple(self.by_path.values())
 
 
 def list_prompt_shards(job: JobSpec, input_format: InputFormat) -> PromptListing:

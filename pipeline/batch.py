@@ -19,6 +19,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from pipeline.asking import load_prompt_table
 from pipeline.cluster import find_cause, start_ray
 from pipeline.commits import (
     Output,
@@ -71,6 +72,8 @@ def run_batch(
     """Run a job to its end, or what an earlier run left of it; raises SpecError before, JobError after the start."""
     check_model(job.engine)
     plan = make_plan(job)
+    if plan.prompt_table is not None:
+        load_prompt_table(*plan.prompt_table, job.storage)  # a table that cannot be used fails here, not in each reader
     output = Output(
         job, fingerprint_parts(job, identify_model(job.engine), plan.format, plan.schema, plan.prompt_table)
     )
@@ -223,7 +226,7 @@ def refuse_stale(output: Output, plan: Plan, committed: frozenset[str], drop: bo
     elif changed:
         raise SpecError(
             f"output.url: {len(changed)} parts, {changed[0]}.parquet among them, come from shards that changed since, "
-            "or were made with another input.limit; their rows would stand twice. "
+            "or whose prompt shards did, or were made with another input.limit; their rows would stand twice. "
             "Remove these parts with --drop-stale, or choose another output.url."
         )
     return replace(plan, chunks=(*plan.chunks, *read)), gone

@@ -24,11 +24,11 @@ def match_prompts(output: Output, plan: Plan, manifest: Manifest) -> None:
     """Fill in the manifest's counts; raises JobError if `prompts.unmatched` is `error` and there is a difference."""
     spec = output.job.prompt_shards
     if spec is None:
-        manifest.prompts_without_sample = 0
+        manifest.prompts_without_sample = manifest.prompts_unreadable = 0
         return
     if output.job.input.selects:
         return  # nobody can tell a prompt without a sample from one whose sample was left out
-    manifest.prompts_without_sample = 0
+    manifest.prompts_without_sample = manifest.prompts_unreadable = 0
     for shard, chunk_ids in _chunks_by_prompt_shard(plan):
         _match_shard(output, shard, chunk_ids, manifest)
     lost = manifest.prompts_without_sample + manifest.prompts_unreadable
@@ -53,7 +53,7 @@ def _match_shard(output: Output, shard: Key, chunk_ids: Iterable[str], manifest:
 def _count_prompts(output: Output, shard: Key, manifest: Manifest) -> dict[Key, None]:
     """The keys of a prompt shard, in its order."""
     table = _read_table(output, shard)
-    manifest.prompts_unreadable += table.num_unreadable
+    manifest.prompts_unreadable = (manifest.prompts_unreadable or 0) + table.num_unreadable
     _add_examples(manifest, table.unreadable_examples)
     return dict.fromkeys(table.keys())
 
@@ -76,12 +76,11 @@ def _chunks_by_prompt_shard(plan: Plan) -> Iterator[tuple[Key, list[str]]]:
     if plan.prompt_table is not None:
         yield plan.prompt_table, [chunk.chunk_id for chunk in plan.chunks]
         return
-    groups: dict[Key, list[str]] = {}
+    groups: dict[Key, list[str]] = {shard: [] for shard in plan.prompt_shards}
     for chunk in plan.chunks:
         if chunk.prompts is not None:
-            groups.setdefault(chunk.prompts, []).append(chunk.chunk_id)
+            groups[chunk.prompts].append(chunk.chunk_id)
     yield from groups.items()
-    yield from ((shard, []) for shard in plan.unclaimed_prompts)
 
 
 def _keys_of_parts(output: Output, chunk_ids: Iterable[str]) -> Iterator[list[Key]]:

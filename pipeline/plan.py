@@ -38,8 +38,8 @@ class Plan:
     """What a person should know about the input."""
     prompt_table: tuple[str, str] | None = None
     """(URL, version) of the one table of prompts."""
-    unclaimed_prompts: tuple[tuple[str, str], ...] = ()
-    """(URL, version) of prompt shards that belong to no shard."""
+    prompt_shards: tuple[tuple[str, str], ...] = ()
+    """(URL, version) of all prompt shards, those that belong to no shard too."""
 
     @property
     def num_samples(self) -> int:
@@ -58,7 +58,9 @@ class Plan:
 def make_plan(job: JobSpec) -> Plan:
     """List the shards and cut them into chunks; raises SpecError if there is nothing to read or a column is missing."""
     for url in job.input.urls:
-        check_apart(absolute_url(url), absolute_url(job.output.url))
+        check_apart(absolute_url(url), absolute_url(job.output.url), "input.url")
+    if job.prompt_shards is not None:
+        check_apart(absolute_url(job.prompt_shards.url), absolute_url(job.output.url), "prompts.url")
     files, decided = choose_format(job)
     prompts = list_prompt_shards(job, files.name)
     notes = [decided] if decided else []
@@ -80,6 +82,7 @@ def make_plan(job: JobSpec) -> Plan:
             shards.add(piece.shard)
     if not chunks and not streams:
         raise SpecError(f"input.url: the input {', '.join(job.input.urls)} has no rows{_but_for(job)}.")
+    prompts.check()
     return Plan(
         tuple(chunks),
         len(shards),
@@ -88,7 +91,7 @@ def make_plan(job: JobSpec) -> Plan:
         head.schema,
         tuple(notes),
         prompt_table=prompts.table,
-        unclaimed_prompts=prompts.unclaimed(),
+        prompt_shards=prompts.all,
     )
 
 
@@ -96,13 +99,13 @@ def _but_for(job: JobSpec) -> str:
     return " that input.where can hold for" if job.input.where is not None else ""
 
 
-def check_apart(input_url: str, output_url: str) -> None:
-    """Raise SpecError if the parts would be read as input."""
+def check_apart(input_url: str, output_url: str, key: str) -> None:
+    """Raise SpecError if the parts would be read as input; `key` names what they would be taken for."""
     part = part_url(output_url, "part")
     if part.startswith(input_url.rstrip("/") + "/") or (
         is_glob(input_url) and glob_to_regex(input_url).fullmatch(part)
     ):
-        raise SpecError(f"output.url: parts of {output_url} would lie inside input.url, and be read as input.")
+        raise SpecError(f"output.url: parts of {output_url} would lie inside {key}, and be read as input.")
 
 
 def check_prompts(job: JobSpec, head: Head) -> None:

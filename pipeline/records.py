@@ -273,8 +273,8 @@ class Manifest:
     prompts_without_sample: int | None = None
     """None where a selection leaves samples out, so that nobody can tell; 0 where prompts are in the spec."""
     examples_without_sample: list[str] = field(default_factory=list)
-    prompts_unreadable: int = 0
-    """Lines of prompt shards that name no sample."""
+    prompts_unreadable: int | None = None
+    """Lines of prompt shards that name no sample; None and 0 as above."""
     errors_by_type: dict[str, int] = field(default_factory=dict)
     damaged_shards: list[str] = field(default_factory=list)
     stale_parts: list[str] = field(default_factory=list)

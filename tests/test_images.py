@@ -10,6 +10,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -536,7 +537,7 @@ def test_prepare_image_makes_a_large_image_of_any_kind_small_as_if_in_one_go(dat
     ],
 )
 def test_prepare_image_plain_file_travels_as_it_is_if_no_copy_would_be_smaller(
-    limits: dict[str, int], kept: bool
+    limits: dict[str, Any], kept: bool
 ) -> None:
     file = encode(Image.new("RGB", (500, 600), (9, 99, 200)), "JPEG")
     image = prepare_image(file, ImageLimits(**limits), SMALL_TILES)

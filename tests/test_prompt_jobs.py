@@ -311,7 +311,7 @@ NAMES: list[tuple[str, list[str], list[str], list[str | None]]] = [
     ("deeper shards", ["x/a/0", "x/b/0"], ["a/0.jsonl", "b/0.jsonl"], [*"01"]),
     ("deeper prompts", ["a/0", "b/0"], ["x/a/0.jsonl", "x/b/0.jsonl"], [*"01"]),
     ("another folder's is not taken", ["a/0", "b/0"], ["a/0.jsonl"], ["0", None]),
-    ("of two that fit none is taken", ["0"], ["a/0.jsonl", "b/0.jsonl"], [None]),
+    ("of two that fit none is taken", ["0", "c"], ["a/0.jsonl", "b/0.jsonl", "c.jsonl"], [None, "2"]),
     ("the nearest name is taken", ["a/0"], ["0.jsonl", "a/0.jsonl"], ["1"]),
     ("dots in names", ["0.v2", "0.v3"], ["0.v3.jsonl.zst", "0.v2.jsonl.gzip"], [*"10"]),
     ("hidden files are none", ["0", "1"], [".0.jsonl", "_0.jsonl", "1.jsonl"], [None, "2"]),
@@ -335,9 +335,8 @@ def test_make_plan_aligned_prompt_shards_are_found_by_their_names(
         for name, number in zip(shards, taken, strict=True)
     }
     assert found == wanted
-    left = {url for url, _ in plan.unclaimed_prompts}
     readable = {name for name in prompts if name[0] not in "._" and not name.endswith(("txt", "json"))}
-    assert left == {str(tmp_path / "prompts" / name) for name in readable} - set(found.values())
+    assert {url for url, _ in plan.prompt_shards} == {str(tmp_path / "prompts" / name) for name in readable}
 
 
 # kind of the input, prompt shards, prompts.url below the folder, more of the spec, what the refusal says
@@ -350,7 +349,8 @@ REFUSED: list[tuple[str, str, list[str], str, Row, str]] = [
     ("two of one name", "tar", ["a/0.jsonl", "a/0.parquet"], "a", {}, r"0\.jsonl and .*0\.parquet are both for 0"),
     ("two of one packed name", "tar", ["a/b/0.jsonl", "a/b/0.jsonl.gz"], "a", {}, "are both for b/0; keep one"),
     ("one for two shards", "tar", ["a/0.jsonl"], "a", {}, r"0\.jsonl belongs to .*in/x/0\.tar and to .*in/y/0\.tar"),
-    ("a place not read", "tar", [], "https://a", {}, "prompts.url: https://.* is not read here"),
+    ("a place not read", "tar", [], "https://a", {}, "https://a: https:// is not read here"),
+    ("none fits", "tar", ["a/all.jsonl"], "a", {}, r"no prompt shard, such as .*all\.jsonl, has the name of a shard"),
 ]
 
 
@@ -537,7 +537,6 @@ def test_finish_prompt_shard_of_no_shard_that_cannot_be_read_fails_the_finished_
     assert run_without_ray(shape_job(tmp_path, tmp_path / "prompts")).num_rows == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the plan forgets prompt shards whose shard has no chunks")
 def test_finish_prompts_of_a_shard_without_samples_are_counted(tmp_path: Path) -> None:
     write_input(tmp_path / "in", "parquet", {"0": ["s00-0"], "1": []})
     for name in "01":

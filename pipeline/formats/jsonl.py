@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from pipeline.errors import JobError, SampleError, SpecError
-from pipeline.formats.contract import Head, Listing, Note, Sample, Span, Wanted, damaged
+from pipeline.formats.contract import Head, Listing, Note, Sample, Span, Wanted
 from pipeline.formats.jsonlines import JsonRow, compression_of, iter_json_rows
 from pipeline.formats.loose import HEAD_ROWS, keep_row, make_head, row_passes
 from pipeline.formats.sources import to_sources
@@ -93,9 +93,8 @@ def _to_sample(job: JobSpec, span: Span, row: JsonRow, schema: pa.Schema) -> Sam
     if row.row is None:
         return Sample(row.index, None, position=row.offset)
     if isinstance(row.row, SampleError):
-        if row.row.error_type == "shard_damaged":
-            return damaged(row.index, f"{valid_text(span.shard.url)}: {row.row.message}", row.offset)
-        return Sample(row.index, None, position=row.offset, error=row.row)
+        error = SampleError(row.row.error_type, f"{valid_text(span.shard.url)}: {row.row.message}")
+        return Sample(row.index, None, position=row.offset, error=error)
     columns = job.input.columns
     named = None if columns.id is None else row.row.get(columns.id)
     sample_id = None if named is None else str(named)

@@ -110,16 +110,16 @@ def check_columns(job: JobSpec, shard: str, schema: pa.Schema) -> None:
                 f"input.columns.image: column {name!r} of {shard} is {schema.field(name).type}; "
                 "it must hold bytes, a path or URL, a struct of bytes and path, or a list of one of these."
             )
-    _check_filter(job, schema)
+    _check_filter(job, shard, schema)
 
 
-def _check_filter(job: JobSpec, schema: pa.Schema) -> None:
+def _check_filter(job: JobSpec, shard: str, schema: pa.Schema) -> None:
     if job.input.filter is None:
         return
     try:
         schema.empty_table().filter(job.input.filter)
     except (pa.ArrowException, NotImplementedError) as error:
-        raise SpecError(f"input.where: it cannot be applied to the input's columns: {error}") from error
+        raise SpecError(f"input.where: it cannot be applied to the columns of {shard}: {error}") from error
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -184,6 +184,8 @@ def _cut_shard(job: JobSpec, listing: Listing, footer: Any, head: Head) -> Itera
         yield listing.shard.chunk(0, 1, damage=footer)
         return
     schema, sizes, possible = footer
+    if not sum(sizes):
+        return  # writers do not know the types of columns without a value
     check_columns(job, listing.info.url, schema)
     for expected in head.schema:
         if schema.field(expected.name).type != expected.type:
