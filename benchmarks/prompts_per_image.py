@@ -29,7 +29,7 @@ def make_image(seed: int, size: tuple[int, int]) -> EncodedImage:
 
 def make_requests(first_seed: int, num_rows: int, shared: bool, size: tuple[int, int]) -> list[EngineRequest]:
     """Rows as a job orders them: all prompts of an image, then the next image."""
-    requests = []
+    requests: list[EngineRequest] = []
     for row in range(num_rows):
         seed = first_seed + (row // len(KINDS) if shared else row)
         text = ask(make_scene(seed), KINDS[row % len(KINDS)]).text

@@ -106,8 +106,8 @@ def cut(size: int) -> Callable[[bytes], bytes]:
     return lambda data: data[:size]
 
 
-def zero(*places: int) -> Callable[[bytes], bytes]:
-    """Zeros over the checksums of the headers at these places, so that they are none any more."""
+def spoil(*places: int) -> Callable[[bytes], bytes]:
+    """Wrong checksums of the headers at these places, so that they are none any more."""
 
     def change(data: bytes) -> bytes:
         for place in places:
@@ -132,6 +132,17 @@ def spoil_page(group: int) -> Callable[[bytes], bytes]:
         column = pq.read_metadata(pa.BufferReader(data)).row_group(group).column(1)
         start = column.dictionary_page_offset or column.data_page_offset
         return data[:start] + bytes(30) + data[start + 30 :]
+
+    return change
+
+
+def hide_page(group: int) -> Callable[[bytes], bytes]:
+    """A row group's page of images as one of a kind that readers pass over: Arrow then gives no rows, and no error."""
+
+    def change(data: bytes) -> bytes:
+        start = pq.read_metadata(pa.BufferReader(data)).row_group(group).column(1).data_page_offset
+        assert data[start : start + 2] == b"\x15\x00"  # the field `type` of the page's head: DATA_PAGE
+        return data[: start + 1] + b"\x02" + data[start + 2 :]
 
     return change
 
@@ -172,11 +183,11 @@ BREAKAGES = [
     Breakage("tar cut between chunks", "tar", cut(4 * SAMPLE_BYTES), range(4)),
     Breakage("tar cut between files of a sample", "tar", cut(5 * SAMPLE_BYTES + 1024), range(6)),
     Breakage("tar without its last zeros", "tar", cut(10 * SAMPLE_BYTES), range(10)),
-    Breakage("tar with a broken header", "tar", zero(5 * SAMPLE_BYTES), ALL_BUT_5, [DAMAGED, "image_missing"]),
-    Breakage("tar with a broken sample", "tar", zero(*headers_of(5)), ALL_BUT_5),
-    Breakage("tar with a broken start", "tar", zero(*headers_of(0, 1)), range(2, 10)),
-    Breakage("tar with a broken end", "tar", zero(*headers_of(8, 9)), range(8)),
-    Breakage("tar with two broken places", "tar", zero(*headers_of(1, 4, 5)), [0, 2, 3, 6, 7, 8, 9], [DAMAGED] * 2),
+    Breakage("tar with a broken header", "tar", spoil(5 * SAMPLE_BYTES), ALL_BUT_5, [DAMAGED, "image_missing"]),
+    Breakage("tar with a broken sample", "tar", spoil(*headers_of(5)), ALL_BUT_5),
+    Breakage("tar with a broken start", "tar", spoil(*headers_of(0, 1)), range(2, 10)),
+    Breakage("tar with a broken end", "tar", spoil(*headers_of(8, 9)), range(8)),
+    Breakage("tar with two broken places", "tar", spoil(*headers_of(1, 4, 5)), [0, 2, 3, 6, 7, 8, 9], [DAMAGED] * 2),
     Breakage("tar of nothing", "tar", empty, []),
     Breakage("tar of zeros", "tar", lambda data: bytes(10240), [], []),
     Breakage("tar of rubbish", "tar", lambda data: b"rubbish " * 640, []),
@@ -194,6 +205,7 @@ BREAKAGES = [
     Breakage("parquet without its footer", "parquet", cut(-20), []),
     Breakage("parquet of nothing", "parquet", empty, []),
     Breakage("parquet of rubbish", "parquet", lambda data: b"rubbish " * 64, []),
+    Breakage("parquet with a hidden page", "parquet", hide_page(1), [0, 1, 2, 6, 7, 8, 9], [DAMAGED] * 3),
     Breakage("parquet with a broken page", "parquet", spoil_page(1), [0, 1, 2, 6, 7, 8, 9], [DAMAGED] * 3),
 ]  # fmt: skip
 
@@ -323,11 +335,11 @@ def write_indexes(shards: Sequence[Path]) -> None:
 
 
 INDEXED = [
-    Breakage("one sample", "tar", zero(*headers_of(6)), [0, 1, 2, 3, 4, 5, 7, 8, 9]),
-    Breakage("two of a chunk", "tar", zero(*headers_of(5, 6)), [0, 1, 2, 3, 4, 7, 8, 9], [DAMAGED] * 2),
-    Breakage("an end and a start of chunks", "tar", zero(*headers_of(7, 8)), [0, 1, 2, 3, 4, 5, 6, 9], [DAMAGED] * 2),
-    Breakage("all of a chunk but its start", "tar", zero(*headers_of(1, 2, 3)), [0, 4, 5, 6, 7, 8, 9], [DAMAGED] * 3),
-    Breakage("half a sample", "tar", zero(6 * SAMPLE_BYTES), [0, 1, 2, 3, 4, 5, 7, 8, 9], [DAMAGED, "image_missing"]),
+    Breakage("one sample", "tar", spoil(*headers_of(6)), [0, 1, 2, 3, 4, 5, 7, 8, 9]),
+    Breakage("two of a chunk", "tar", spoil(*headers_of(5, 6)), [0, 1, 2, 3, 4, 7, 8, 9], [DAMAGED] * 2),
+    Breakage("an end and a start of chunks", "tar", spoil(*headers_of(7, 8)), [0, 1, 2, 3, 4, 5, 6, 9], [DAMAGED] * 2),
+    Breakage("all of a chunk but its start", "tar", spoil(*headers_of(1, 2, 3)), [0, 4, 5, 6, 7, 8, 9], [DAMAGED] * 3),
+    Breakage("half a sample", "tar", spoil(6 * SAMPLE_BYTES), [0, 1, 2, 3, 4, 5, 7, 8, 9], [DAMAGED, "image_missing"]),
     Breakage("the last zeros", "tar", cut(10 * SAMPLE_BYTES), range(10)),
 ]  # fmt: skip
 
