@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -113,7 +114,7 @@ def kind_of(process: psutil.Process, root: int) -> str:
 
 
 def run_job(folder: Path, chunk_rows: int) -> MemoryMeter:
-    """The job over the shard in `folder/in`; its progress goes to the terminal."""
+    """The job over the shard in `folder/in`."""
     spec = {
         "name": "memory",
         "input": {"url": str(folder / "in")},
@@ -121,6 +122,11 @@ def run_job(folder: Path, chunk_rows: int) -> MemoryMeter:
         "engine": {"kind": "simulated", "num_gpus": 0},
         "output": {"url": str(folder / "out"), "chunk_rows": chunk_rows},
     }
+    return run_metered(folder, spec)
+
+
+def run_metered(folder: Path, spec: dict[str, Any]) -> MemoryMeter:
+    """Run a job to its end, its memory metered; its progress goes to the terminal."""
     (folder / "job.yaml").write_text(yaml.safe_dump(spec))
     command = [str(Path(sys.executable).parent / "r4b"), "run", str(folder / "job.yaml")]
     process = subprocess.Popen(command)

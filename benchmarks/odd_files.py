@@ -6,18 +6,15 @@ JSONL manifest that names them.
 """
 
 import argparse
+import contextlib
 import json
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import duckdb
-import yaml
 
-from benchmarks.memory import MIB, MemoryMeter
+from benchmarks.memory import MIB, MemoryMeter, run_metered
 from jobs.demo import CHECKPOINT, CPU_ENGINE_ARGS
 from pipeline.errors import SampleError
 from pipeline.images import ImageLimits
@@ -31,10 +28,8 @@ def time_decoding(files: list[Path]) -> tuple[float, Path]:
     slowest = (0.0, files[0])
     for path in files:
         start = time.monotonic()
-        try:
+        with contextlib.suppress(SampleError):  # what it says is counted in the job
             sandbox.prepare(path.read_bytes()[: ImageLimits().max_bytes + 1])
-        except SampleError:
-            pass  # what it says is counted in the job
         slowest = max(slowest, (time.monotonic() - start, path))
     sandbox.close()
     return slowest
@@ -52,17 +47,7 @@ def run_job(folder: Path, files: list[Path], root: Path) -> MemoryMeter:
         "output": {"url": str(folder / "out"), "chunk_rows": 64},
         "limits": {"max_error_rate": 1.0},
     }
-    (folder / "job.yaml").write_text(yaml.safe_dump(spec))
-    process = subprocess.Popen([str(Path(sys.executable).parent / "r4b"), "run", str(folder / "job.yaml")])
-    meter = MemoryMeter(process.pid)
-    thread = threading.Thread(target=meter.watch)
-    thread.start()
-    process.wait()
-    meter.done.set()
-    thread.join()
-    if process.returncode != 0:
-        raise SystemExit(f"The job failed with exit code {process.returncode}.")
-    return meter
+    return run_metered(folder, spec)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""What shrinking saves for large photos, and that the engine does not notice: bytes before and after, tokens of each.
+"""What shrinking saves for large photos, and that the engine does not notice: bytes and tokens, before and after.
 
-`before` is what would travel as pixels (3 bytes each), `file` the photo's own file, `after` what does travel, for R-4B's
-tiles of 384 pixels. Tokens are those of the small checkpoint on vLLM (tiles of 56 pixels), greedily: once of the whole
-photo, once of the photo as a job on that checkpoint shrinks it. Photos: any folder, such as Debian's gnome-backgrounds.
+`before` is what would travel as pixels (3 bytes each), `file` the photo's own file, `after` what does travel, for
+R-4B's tiles of 384 pixels. Tokens are those of the small checkpoint on vLLM (tiles of 56 pixels), greedily: once of the
+whole photo, once of the photo as a job on that checkpoint shrinks it. Photos: any folder, such as Debian's
+gnome-backgrounds.
 """
 
 import argparse
@@ -25,6 +26,11 @@ async def generate(engine: VLLMEngine, image: EncodedImage) -> Generation:
     return await engine.generate(EngineRequest(PROMPT, (image,), "auto", SamplingSpec(max_tokens=64)))
 
 
+def count_tokens(image: EncodedImage) -> int:
+    """Image tokens of R-4B, by its tiling."""
+    return R4B_TILING.count_tokens(*R4B_TILING.fit(image.width, image.height))
+
+
 async def compare(folder: Path) -> None:
     spec = EngineSpec(model=str(CHECKPOINT), num_gpus=0, max_num_seqs=8, args=CPU_ENGINE_ARGS)
     engine, tiling = await VLLMEngine.start(spec), find_tiling(spec)
@@ -34,13 +40,9 @@ async def compare(folder: Path) -> None:
         data = path.read_bytes()
         whole = prepare_image(data, ImageLimits())
         travels = prepare_image(data, ImageLimits(), R4B_TILING)
-        same_count = R4B_TILING.count_tokens(*R4B_TILING.fit(whole.width, whole.height)) == R4B_TILING.count_tokens(
-            *R4B_TILING.fit(travels.width, travels.height)
-        )
-        before, after = (
-            await generate(engine, whole),
-            await generate(engine, prepare_image(data, ImageLimits(), tiling)),
-        )
+        same_count = count_tokens(whole) == count_tokens(travels)
+        before = await generate(engine, whole)
+        after = await generate(engine, prepare_image(data, ImageLimits(), tiling))
         sizes = [whole.width * whole.height * 3, len(data), len(travels.data)]
         sums = [total + size for total, size in zip(sums, sizes, strict=True)]
         same = before.answer == after.answer and before.reasoning == after.reasoning
@@ -48,14 +50,16 @@ async def compare(folder: Path) -> None:
         picture = open_prepared(travels)
         print(
             f"{path.name:<20} {whole.width}x{whole.height} -> {picture.width}x{picture.height}: before {sizes[0]:>9}, "
-            f"file {sizes[1]:>8}, after {sizes[2]:>7} bytes; R-4B's image tokens {'equal' if same_count else 'DIFFER'}; "
+            f"file {sizes[1]:>8}, after {sizes[2]:>7} bytes; "
+            f"R-4B's image tokens {'equal' if same_count else 'DIFFER'}; "
             f"small checkpoint: image tokens {before.image_tokens} and {after.image_tokens}, "
             f"prompt tokens {before.prompt_tokens} and {after.prompt_tokens}, answers {'equal' if same else 'differ'}",
             flush=True,
         )
+    before_mb, file_mb, after_mb = (total / num_photos / 1e6 for total in sums)
     print(
-        f"{num_photos} photos: {sums[0] / num_photos / 1e6:.1f} MB of pixels each, {sums[1] / num_photos / 1e6:.2f} MB as "
-        f"files, {sums[2] / num_photos / 1e6:.2f} MB travel; {num_same} answers equal"
+        f"{num_photos} photos: {before_mb:.1f} MB of pixels each, {file_mb:.2f} MB as files, {after_mb:.2f} MB travel; "
+        f"{num_same} answers equal"
     )
     engine.shutdown()
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, ShardChangedError, SpecError
 from pipeline.plan import part_url
-from pipeline.records import ChunkReport, GeneratedChunk, Retry, read_part, report_of, rows_to_table
+from pipeline.records import SUMS, ChunkReport, GeneratedChunk, Retry, read_part, report_of, rows_to_table
 from pipeline.spec import JobSpec, StorageSpec, fingerprint_of
 from pipeline.storage import absolute_url, join_url, open_store
 from pipeline.surveys import list_surveys
@@ -31,17 +31,7 @@ READS_AT_ONCE = 16
 MAX_NAMED = 100
 """Damaged shards that a manifest names."""
 PART_NAME = re.compile(r"([0-9a-f]{32})\.parquet")
-FOOTER_NUMBERS = (
-    "start",
-    "stop",
-    "num_errors",
-    "num_thinking",
-    "prompt_tokens",
-    "completion_tokens",
-    "num_samples",
-    "num_left_out",
-    "num_without_prompt",
-)
+FOOTER_NUMBERS = ("start", "stop", *(name for name in SUMS if name != "num_rows"))
 JOB_FILE, MANIFEST_FILE, SUCCESS_FILE = "_job.json", "_manifest.json", "_SUCCESS"
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SpecError
 from pipeline.records import Anchor, Chunk, Shard
 from pipeline.spec import JobSpec
 from pipeline.storage import ObjectInfo
@@ -122,3 +122,13 @@ class Format(Protocol):
 def damaged(index: int, message: str, position: int = 0) -> Sample:
     """The sample that stands for a range of a shard that cannot be read."""
     return Sample(index, None, position=position, error=SampleError("shard_damaged", message))
+
+
+def check_filter(job: JobSpec, shard: str, schema: pa.Schema) -> None:
+    """Raise SpecError if `input.where` cannot be applied to columns of these types."""
+    if job.input.filter is None:
+        return
+    try:
+        schema.empty_table().filter(job.input.filter)
+    except (pa.ArrowException, NotImplementedError) as error:
+        raise SpecError(f"input.where: it cannot be applied to the columns of {shard}: {error}") from error

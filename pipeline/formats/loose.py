@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import SampleError, SpecError
-from pipeline.formats.contract import Head
+from pipeline.formats.contract import Head, check_filter
 from pipeline.records import valid_text
 from pipeline.spec import JobSpec
 
@@ -32,17 +32,8 @@ def make_head(job: JobSpec, rows: Sequence[Mapping[str, Any]], where_from: str) 
                 f"they have {', '.join(present) or 'none'}."
             )
     head = Head(pa.schema([_infer(name, [row.get(name) for row in rows]) for name in names]), tuple(rows))
-    _check_filter(job, head.schema)
+    check_filter(job, where_from, head.schema)
     return head
-
-
-def _check_filter(job: JobSpec, schema: pa.Schema) -> None:
-    if job.input.filter is None:
-        return
-    try:
-        schema.empty_table().filter(job.input.filter)
-    except (pa.ArrowException, NotImplementedError) as error:
-        raise SpecError(f"input.where: it cannot be applied to the input's columns: {error}") from error
 
 
 def _infer(name: str, values: Sequence[Any]) -> pa.Field:

@@ -15,7 +15,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, SampleError, ShardChangedError, SpecError, StoreUnavailableError
-from pipeline.formats.contract import Head, Listing, Note, Sample, Span, Wanted, damaged
+from pipeline.formats.contract import Head, Listing, Note, Sample, Span, Wanted, check_filter, damaged
 from pipeline.formats.sources import to_sources
 from pipeline.records import Anchor, Chunk, Shard
 from pipeline.spec import JobSpec
@@ -110,16 +110,7 @@ def check_columns(job: JobSpec, shard: str, schema: pa.Schema) -> None:
                 f"input.columns.image: column {name!r} of {shard} is {schema.field(name).type}; "
                 "it must hold bytes, a path or URL, a struct of bytes and path, or a list of one of these."
             )
-    _check_filter(job, shard, schema)
-
-
-def _check_filter(job: JobSpec, shard: str, schema: pa.Schema) -> None:
-    if job.input.filter is None:
-        return
-    try:
-        schema.empty_table().filter(job.input.filter)
-    except (pa.ArrowException, NotImplementedError) as error:
-        raise SpecError(f"input.where: it cannot be applied to the columns of {shard}: {error}") from error
+    check_filter(job, shard, schema)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
