@@ -4,6 +4,7 @@ One fetcher and one sandbox serve all read tasks of a process.
 Not covered: which samples there are.
 """
 
+import atexit
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -81,7 +82,9 @@ def _sandbox(images: ImageLimits, sandbox: SandboxLimits, tiling: Tiling | None)
 
 @lru_cache(maxsize=1)
 def _fetcher(limits: FetchLimits) -> RemoteFetcher:
-    return RemoteFetcher(limits)
+    fetcher = RemoteFetcher(limits)
+    atexit.register(fetcher.close)
+    return fetcher
 
 
 def map_ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:

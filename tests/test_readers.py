@@ -4,7 +4,11 @@ Covers Parquet shards and folders of images, what becomes an error row, and what
 Not covered: how images decode (`test_images`) and which chunks there are (`test_plan`).
 """
 
+import json
 import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -377,3 +381,26 @@ def test_sample_error_of_a_task_is_the_decoders_own(tmp_path: Path) -> None:
     (task,) = tasks_of(job_over(tmp_path, pa.table({"image": [b"no image"]})))
     assert isinstance(task.error, SampleError)
     assert "b'no image'" in task.error.message
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_read_chunks_images_by_url_are_fetched_where_the_network_is_opened(tmp_path: Path, opened: bool) -> None:
+    make_folder(tmp_path, {f"{n}.png": numbered_png(n) for n in range(3)})
+    handler = partial(SilentHandler, directory=str(tmp_path / "in"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        site = f"http://127.0.0.1:{server.server_port}"
+        lines = [{"id": n, "image": f"{site}/{n}.png?key=secret"} for n in (*range(3), 9)]
+        (tmp_path / "urls.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        http = {"allow_networks": ["127.0.0.0/8"]} if opened else {}
+        tasks = tasks_of(make_job(tmp_path / "urls.jsonl", tmp_path / "out", http=http))
+        server.shutdown()
+    assert numbers_of(tasks) == ([0, 1, 2, "http_status"] if opened else ["url_refused"] * 4)
+    assert all("secret" not in task.error.message for task in tasks if task.error)
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    """Files of a folder, without a line for each request."""
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""

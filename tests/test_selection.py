@@ -118,6 +118,13 @@ def test_limit_counts_ranges_that_cannot_be_read(tmp_path: Path) -> None:
     assert ids_of(job) == ["row-0", f"{tmp_path}/in/m.jsonl#1", "row-2"]
 
 
+def test_limit_within_a_row_group_that_cannot_be_read_gives_no_row_more(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "in" / "a.parquet", image_table(20), row_group_size=10)
+    damage_pages(shard, group=1, column="image")
+    job = make_job(tmp_path / "in", tmp_path / "out", input={"limit": 13}, output={"chunk_rows": 10})
+    assert numbers_of(tasks_of(job)) == [*range(10), *["shard_damaged"] * 3]
+
+
 def test_limit_counts_samples_that_a_filter_leaves_out(tmp_path: Path) -> None:
     layout = STREAMS[0]
     job = layout_job(tmp_path, layout, limit=20, where=[["truth", ">=", 15]])
@@ -359,9 +366,7 @@ def test_where_value_of_a_type_that_does_not_fit_is_refused(tmp_path: Path, name
     rows = table.drop_columns(["image", "day", "when"]).append_column("image", pa.array(["a"] * 3)).to_pylist()
     (tmp_path / "jsonl" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = make_job(tmp_path / name, tmp_path / "out", input={"where": where})
-    with pytest.raises(
-        SpecError, match=r"^input\.where: it cannot be applied to (the input's columns|the columns of .*): "
-    ):
+    with pytest.raises(SpecError, match=r"^input\.where: it cannot be applied to the columns of .*: "):
         make_plan(job)
 
 

@@ -36,17 +36,18 @@ class ParquetFormat:
     companions: frozenset[str] = frozenset()
 
     def look(self, job: JobSpec, listings: Iterable[Listing]) -> Head:
-        """As the contract says; raises SpecError if no shard at all can be read."""
+        """As the contract says; raises SpecError if no shard at all can be read. Those without rows say nothing."""
         first: Exception | None = None
         for listing in listings:
             try:
-                schema = _read_footer(job, listing)[0]
+                schema, sizes, _ = _read_footer(job, listing)
             except UNREADABLE as error:
                 first = first or SpecError(f"input.url: {listing.info.url} is not a readable Parquet file: {error}")
                 continue
-            check_columns(job, listing.info.url, schema)
-            return Head(_typed_columns(job, schema))
-        raise first or SpecError("input.url: there are no Parquet files.")
+            if sum(sizes):
+                check_columns(job, listing.info.url, schema)
+                return Head(_typed_columns(job, schema))
+        raise first or SpecError(f"input.url: the input {', '.join(job.input.urls)} has no rows.")
 
     def cut(self, job: JobSpec, listings: Iterator[Listing], head: Head, note: Note) -> Iterator[Chunk | Shard]:
         """As the contract says. Row groups that `input.where` rules out by their statistics are no part of the plan."""
