@@ -161,7 +161,7 @@ def _replace_errors(chunk: GeneratedChunk, retry: Retry, redone: pa.Table, outpu
     order = list(range(old.num_rows))
     for index, row in enumerate(sorted(retry.rows)):
         order[row] = old.num_rows + index
-    table = both.take(pa.array(order, pa.int64()))
+    table = pa.concat_tables([both.slice(row, 1) for row in order])  # Arrow cannot `take` rows of every type
     report = report_of(chunk, table)
     if store.replace(url, _to_parquet(table, report, output), retry.part_version):
         return report

@@ -194,7 +194,16 @@ def test_parse_spec_unknown_key_of_a_large_section_lists_its_keys(section: str) 
         ),
         ("input.where", [["a", "in", 3]], "input.where: a in: in and not in take a list, the others one value"),
         ("input.where", [["a", "=", None]], "input.where: a = null: a comparison with null holds for no sample"),
-        ("input.where", [["a", "in", [1, "x"]]], "input.where: a in: the values must be of one type"),
+        (
+            "input.where",
+            [["a", "in", [1, "x"]]],
+            "input.where: a in: the values must be of one type, whole numbers of 64 bits",
+        ),
+        (
+            "input.where",
+            [["a", ">", 2**70]],
+            "input.where: a >: the values must be of one type, whole numbers of 64 bits",
+        ),
         ("prompts.0.sampling", {"best_of": 3}, "prompts.0.sampling: 'best_of' is no sampling parameter; allowed: "),
         (
             "prompts.0.sampling",

@@ -96,6 +96,8 @@ def _conditions(where: list[Any]) -> list[list[list[Any]]]:
                 raise ValueError(f"{one[0]} {one[1]} null: a comparison with null holds for no sample")
             try:
                 pa.scalar(one[2])
-            except pa.ArrowException as error:
-                raise ValueError(f"{one[0]} {one[1]}: the values must be of one type") from error
+            except (pa.ArrowException, OverflowError) as error:
+                raise ValueError(
+                    f"{one[0]} {one[1]}: the values must be of one type, whole numbers of 64 bits"
+                ) from error
     return groups
