@@ -1,7 +1,7 @@
 """What a killed, interrupted or doubled driver leaves behind: every planned row once, nothing committed done again.
 
-On the simulated engine, so that five kills of a 2,000-row job take a minute; Ray and the commits are real. The tests
-of kills and of two drivers run on vLLM as well, marked slow.
+On the simulated engine, so that three kills of a 2,000-row job take a minute; Ray and the commits are real. The tests
+of kills (five there) and of two drivers run on vLLM as well, marked slow.
 """
 
 import random
@@ -58,12 +58,12 @@ def wait_for_parts(folder: Path, at_least: int, seconds: float = 120) -> None:
 
 
 @on_both_engines
-def test_driver_killed_five_times_ends_with_every_row_once(tmp_path: Path, make_spec: SpecMaker) -> None:
+def test_driver_killed_several_times_ends_with_every_row_once(tmp_path: Path, make_spec: SpecMaker) -> None:
     write_scene_shards(tmp_path / "in", 2000, rows_per_shard=500)
     path, out = write_spec(tmp_path, make_spec(tmp_path)), tmp_path / "out"
     rng = random.Random(7)
     seen: dict[str, tuple[int, int]] = {}
-    for _ in range(5):
+    for _ in range(3 if make_spec is slow_simulated_spec else 5):
         with started_r4b("run", path) as process:
             wait_for_parts(out, len(seen) + rng.randint(1, 12))
             kill_tree(process.pid)
@@ -97,10 +97,9 @@ def test_driver_killed_in_the_middle_of_a_shard_generates_no_committed_row_again
     shard = write_one_shard(tmp_path / "in", layout, scenes)
     spec = slow_simulated_spec(tmp_path)
     path, out = write_spec(tmp_path, spec), tmp_path / "out"
-    for at_least in (3, 9):
-        with started_r4b("run", path) as process:
-            wait_for_parts(out, at_least)
-            kill_tree(process.pid)
+    with started_r4b("run", path) as process:
+        wait_for_parts(out, 7)
+        kill_tree(process.pid)
     before = parts_of(out)
     committed = read_output(out).num_rows
     assert 0 < committed < 600, shard
