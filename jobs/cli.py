@@ -4,10 +4,11 @@ Exit codes: 0 done, 1 the job failed, 2 the spec or the call was wrong, 130 stop
 """
 
 import json
+import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -63,6 +64,27 @@ def exits_cleanly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@contextmanager
+def heeded_interrupt() -> Iterator[Callable[[], None]]:
+    """Ctrl-C as ever, and a function that raises it again: libraries that call back into Python may lose the first."""
+    interrupted = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    def heed() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield heed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="r4b")
 def main() -> None:
@@ -101,6 +123,7 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
     generated = 0
     with ExitStack() as stack:
         bar: Any = None
+        heed_interrupt = stack.enter_context(heeded_interrupt())
 
         def on_start(plan: Plan, works: list[Work]) -> None:
             nonlocal bar
@@ -114,6 +137,7 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
 
         def on_commit(report: ChunkReport) -> None:
             nonlocal generated
+            heed_interrupt()
             generated += report.num_rows
             bar.update(report.num_rows)
 

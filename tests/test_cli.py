@@ -3,13 +3,16 @@
 `r4b demo` and real jobs are in test_real_job.py.
 """
 
+import contextlib
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.cli import heeded_interrupt
 from tests.running import r4b, simulated_spec, write_scene_shards, write_spec
 
 Change = Callable[[dict[str, Any], Path], None]
@@ -158,3 +161,14 @@ def test_help_teaches(command: list[str]) -> None:
     assert finished.code == 0
     assert finished.stdout.startswith("Usage: r4b")
     assert len(finished.stdout.splitlines()) > 8
+
+
+def test_interrupt_that_a_library_lost_is_heeded_at_the_next_commit() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with heeded_interrupt() as heed:
+        heed()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            heed()
+    assert signal.getsignal(signal.SIGINT) is before
