@@ -5,7 +5,7 @@ So an engine's actor reads images where Ray holds them, in memory that all proce
 
 import pickle
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -33,5 +33,18 @@ def from_batch(batch: pa.Table) -> Any:
 
 def from_batches(batch: pa.Table) -> Iterator[Any]:
     """The items of any number of such batches in one."""
-    for data, beside in zip(batch.column("item"), batch.column("beside"), strict=True):
-        yield pickle.loads(data.as_buffer(), buffers=[buffer.as_buffer() for buffer in beside])
+    for part in batch.to_batches():
+        items, beside = part.column("item"), part.column("beside")
+        for row in range(part.num_rows):
+            yield pickle.loads(items[row].as_buffer(), buffers=_images_of(beside, row))
+
+
+def _images_of(beside: pa.ListArray, row: int) -> list[pa.Buffer]:
+    """One row's images, as places in the array's own memory: a scalar would be a copy."""
+    first, last = beside.offsets[row].as_py(), beside.offsets[row + 1].as_py()
+    if first == last:
+        return []
+    images = beside.values
+    _, places, data = images.buffers()
+    ends = pa.Array.from_buffers(pa.int64(), images.offset + last + 1, [None, places])[images.offset + first :]
+    return [data.slice(start, end - start) for start, end in pairwise(ends.to_pylist())]
