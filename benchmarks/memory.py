@@ -67,7 +67,7 @@ def write_parquet(path: Path, size: tuple[int, int], num_bytes: int) -> int:
     pq.write_table(
         table, path, row_group_size=1 << 30, use_dictionary=False, compression="none", write_statistics=False
     )
-    return table.num_rows
+    return int(table.num_rows)
 
 
 @dataclass
