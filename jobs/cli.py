@@ -99,7 +99,11 @@ def main() -> None:
 @click.argument("spec")
 @set_option
 @click.option("--retry-errors", is_flag=True, help="Also run the rows again that hold an error, and replace them.")
-@click.option("--drop-stale", is_flag=True, help="Delete parts whose shards changed since; their rows are redone.")
+@click.option(
+    "--drop-stale",
+    is_flag=True,
+    help="Delete parts whose shards, or their prompts, changed since; their rows are redone.",
+)
 @click.option("--force-new", is_flag=True, help="Delete what another job left at output.url, and start over.")
 @json_option
 @exits_cleanly
@@ -193,7 +197,12 @@ def describe_manifest(job: JobSpec, manifest: Manifest) -> str:
 @json_option
 @exits_cleanly
 def plan(spec: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what `r4b run SPEC` would do. Reads listings and footers only; starts no model."""
+    """Show what `r4b run SPEC` would do. Starts no model.
+
+    Reads listings, footers, indexes of tars and the input's first samples; with input.limit, tars and JSONL as far as
+    the limit reaches. Shards "not counted" are tars and JSONL that no run has read to their end yet. Parts are
+    "unplanned" if they belong to such a shard, or to one that changed or is gone.
+    """
 
     job = load_spec(spec, overrides)
     planned = make_plan(job)

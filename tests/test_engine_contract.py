@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine.contract import MAX_IMAGES, EngineRequest
+from pipeline.engine.contract import MAX_IMAGES, EngineRequest, task_to_request
 from pipeline.errors import EngineDiedError, SampleError
-from pipeline.records import OUTPUT_SCHEMA, Generation
+from pipeline.records import OUTPUT_SCHEMA, EncodedImage, Generation, Task
+from pipeline.spec import SamplingSpec
 from tests.engines import SIMULATED_SPEC, RunningEngine, question, running_engine, scene_image
 
 COUNT = "How many shapes are there?"
@@ -166,3 +167,46 @@ def test_request_that_vllm_gave_up_is_no_answer(
     with contextlib.nullcontext() if raises is None else pytest.raises(raises):
         real_engine.run(real_engine.engine.complete(question("Anything?")))
     assert next(left, None) is None
+
+
+# From a row of a job to a request, which is the same for both engines.
+
+IMAGE, HELLO = {"type": "image"}, {"type": "text", "text": "Hello"}
+PICTURES = tuple(EncodedImage(1, 1, bytes([n])) for n in range(2))
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("messages", "num_images", "placed"),
+    [
+        ([user("Hello")], 0, [user("Hello")]),
+        ([user("Hello")], 2, [user([IMAGE, IMAGE, HELLO])]),
+        ([user("Few"), {"role": "assistant", "content": "shots"}, user("Hello")], 1, None),
+        ([user([HELLO, IMAGE, HELLO, IMAGE])], 2, [user([HELLO, IMAGE, HELLO, IMAGE])]),
+        ([user([IMAGE]), user([HELLO, IMAGE])], 2, [user([IMAGE]), user([HELLO, IMAGE])]),
+    ],
+)
+def test_task_to_request_images_take_their_places_or_come_before_the_last_text(
+    messages: list[dict[str, Any]], num_images: int, placed: list[dict[str, Any]] | None
+) -> None:
+    task = Task("a", "p", "long", PICTURES[:num_images], tuple(messages))
+    request = task_to_request(task, SamplingSpec())
+    assert list(request.messages) == (placed or [*messages[:-1], user([IMAGE, HELLO])])
+    assert (tuple(request.images), request.thinking_mode) == (PICTURES[:num_images], "long")
+
+
+@pytest.mark.parametrize(("num_places", "num_images"), [(1, 2), (2, 1), (1, 0)])
+def test_task_to_request_other_number_of_places_than_images_is_an_error_row(num_places: int, num_images: int) -> None:
+    task = Task("a", "p", "auto", PICTURES[:num_images], (user([HELLO, *[IMAGE] * num_places]),))
+    with pytest.raises(SampleError, match=f"places for {num_places} images, the sample has {num_images}") as caught:
+        task_to_request(task, SamplingSpec())
+    assert caught.value.error_type == "images_misplaced"
+
+
+def test_task_to_request_sampling_of_the_row_overrides_the_jobs_where_it_says_so() -> None:
+    task = Task("a", "p", "auto", (), (user("Hello"),), {"max_tokens": 7})
+    sampling = task_to_request(task, SamplingSpec(max_tokens=100, temperature=0.5)).sampling
+    assert (sampling.max_tokens, sampling.temperature) == (7, 0.5)
