@@ -317,3 +317,25 @@ def demo(rows: int, output: str) -> None:
     start = time.monotonic()
     _, generated = run_with_progress(job)
     show_demo(job, time.monotonic() - start, generated, click.echo)
+
+
+@main.command()
+@click.argument("settings", required=False)
+@set_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--no-auth", is_flag=True, help="Ask for no API key. On loopback only.")
+@exits_cleanly
+def serve(settings: str | None, overrides: tuple[str, ...], host: str, port: int, no_auth: bool) -> None:
+    """Serve the model on this machine through the OpenAI API, until Ctrl-C.
+
+    SETTINGS is a YAML file (see docs/serving.md); without it, the published model on one GPU. API keys are read from
+    the file that auth.keys_file names, and from the environment variable R4B_API_KEYS, comma-separated.
+    """
+    from jobs.serve import check_listening, load_settings, serve_here
+
+    data = load_settings(settings, overrides, auth=not no_auth)
+    check_listening(host, port, auth=not no_auth)
+    say("Starting the engine; this takes from half a minute to some minutes.")
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    serve_here(data, host, port, lambda: say(f"Serving at {address}/v1, playground at {address}/. Ctrl-C stops."))

@@ -5,6 +5,7 @@
     ├── JobError         the job cannot go on (exit code 1)
     │   ├── ErrorRateError   too many rows failed
     │   ├── EngineDiedError          the engine's processes are gone; a new engine is needed
+    │   ├── BusyError                a deployment takes no more rows now; the same row may come again later
     │   ├── StorageError        the object store refused or failed after its retries
     │   │   └── StoreUnavailableError   all of it, not one object: no connection, no valid credentials, an outage
     │   └── ShardChangedError        an input shard is not what the plan saw
@@ -32,6 +33,10 @@ class ErrorRateError(JobError):
 
 class EngineDiedError(JobError):
     """The engine's processes are gone. It never recovers in its process: the actor that holds it must exit."""
+
+
+class BusyError(JobError):
+    """A deployment takes no more rows now: wait and send the row again."""
 
 
 class StorageError(JobError):

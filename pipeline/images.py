@@ -82,6 +82,13 @@ def open_prepared(image: EncodedImage) -> Image.Image:
         return picture.convert("RGB")
 
 
+def open_fitted(image: EncodedImage, tiling: Tiling | None) -> Image.Image:
+    """As `open_prepared`, and no larger than `tiling.fit` allows: what vLLM is given, in batch and online."""
+    picture = open_prepared(image)
+    size = picture.size if tiling is None else tiling.fit(*picture.size)
+    return picture if size == picture.size else picture.resize(size)
+
+
 def check_bytes(data: bytes | None, limits: ImageLimits) -> bytes:
     """What can be refused without looking inside."""
     if data is None:

@@ -57,14 +57,21 @@ FAMILIES = ("pipeline.engine", "pipeline.spec", "pipeline.storage", "pipeline.fo
 ALLOWED_SIDEWAYS = {("pipeline.records", "pipeline.errors")}
 
 OWNERS = {
-    "vllm": {"pipeline.engine.vllm_engine"},
+    "vllm": {
+        f"pipeline.engine.{name}"
+        for name in ("vllm_engine", "online_llm", "openai_app", "chat_limits", "media", "plugin", "reasoning")
+    },
     "ray.data": {"pipeline.batch"},
-    "ray": {"pipeline.batch", "pipeline.cluster"},
+    "ray.serve": {"pipeline.engine.served", "deployments.app", "jobs.serve"},
+    "ray": {"pipeline.batch", "pipeline.cluster", "pipeline.engine.served", "deployments.metrics", "jobs.serve"},
     "boto3": {"pipeline.storage.s3"},
     "botocore": {"pipeline.storage.s3"},
     "aiohttp": {"pipeline.remote"},
 }
 """The only modules that may import these packages."""
+
+EXCEPTIONS = {("jobs.serve", "deployments")}
+"""The command that serves, inside its functions."""
 
 PLAIN_MODULES = ("pipeline.errors", "pipeline.records")
 PLAIN_PACKAGES = frozenset(sys.stdlib_module_names) | {"pyarrow"}
@@ -112,6 +119,8 @@ def _is_allowed(module: str, target: str) -> bool:
     if _rank(target) is None or _rank(module) is None:
         return False
     if any(_is_in(module, family) and _is_in(target, family) for family in FAMILIES):
+        return True
+    if any(module == source and _is_in(target, folder) for source, folder in EXCEPTIONS):
         return True
     return (_rank(target) or 0) < (_rank(module) or 0) or (module, target) in ALLOWED_SIDEWAYS
 

@@ -31,11 +31,11 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from pipeline.engine.contract import MAX_IMAGES, EngineRequest
 from pipeline.errors import EngineDiedError, JobError, SampleError
-from pipeline.images import open_prepared
-from pipeline.records import EncodedImage, Generation
+from pipeline.images import open_fitted
+from pipeline.records import Generation, Mode
 from pipeline.spec import EngineSpec, SamplingSpec
-from pipeline.thinking import CLOSE_TAG, OPEN_TAG, Tags, mode_of, split_thought
-from pipeline.tiling import Tiling, tiling_of_config
+from pipeline.thinking import CLOSE_TAG, OPEN_TAG, Tags, Thought, mode_of, split_thought
+from pipeline.tiling import tiling_of_config
 
 TAIL_TOKENS = 16
 """Enough of the rendered prompt's end to see how the generation prompt leaves the thought."""
@@ -75,15 +75,17 @@ class VLLMEngine:
         self.llm = llm
         # A copy: the renderer's threads use theirs at the same time, and fast tokenizers are not thread-safe.
         self._tokenizer: Any = copy.deepcopy(llm.renderer.get_tokenizer())
-        self._tags = self._find_tags()
+        self.tags = self._find_tags()
         self._max_model_len = llm.model_config.max_model_len
-        self._tiling = tiling_of_config(llm.model_config.hf_config.to_dict())
+        self.tiling = tiling_of_config(llm.model_config.hf_config.to_dict())
 
     @classmethod
-    async def start(cls, spec: EngineSpec) -> "VLLMEngine":
+    async def start(
+        cls, spec: EngineSpec, llm_class: type[AsyncLLM] = AsyncLLM, stat_loggers: Any = None
+    ) -> "VLLMEngine":
         """Load the model; raises JobError, with vLLM's own words, when that fails."""
         try:
-            return cls(AsyncLLM.from_engine_args(spec_to_args(spec)))
+            return cls(llm_class.from_engine_args(spec_to_args(spec), stat_loggers=stat_loggers))
         except JobError:
             raise
         except Exception as error:  # a model that does not load fails in as many ways as vLLM has code paths
@@ -129,7 +131,7 @@ class VLLMEngine:
         """The rendered, tokenized prompt with its images (vLLM's EngineInput); raises SampleError."""
         params = ChatParams(chat_template_kwargs=self._template_kwargs(request))
         # In a thread: decoding would hold up every other request of this event loop.
-        pictures = await asyncio.to_thread(lambda: [_open(image, self._tiling) for image in request.images])
+        pictures = await asyncio.to_thread(lambda: [open_fitted(image, self.tiling) for image in request.images])
         messages: Any = _place_images(request, pictures)
         try:
             _, (prompt,) = await self.llm.renderer.render_chat_async([messages], params)
@@ -154,10 +156,7 @@ class VLLMEngine:
     def _to_generation(self, output: RequestOutput, image_tokens: int, latency_s: float) -> Generation:
         completion = output.outputs[0]
         prompt_ids = output.prompt_token_ids or []
-        tail = self._tokenizer.decode(prompt_ids[-TAIL_TOKENS:])
-        thought = split_thought(tail, completion.token_ids, self._tags)
-        reasoning = self._decode(thought.reasoning_ids)
-        mode = mode_of(thought, reasoning)
+        thought, reasoning, mode = self.split(prompt_ids, completion.token_ids)
         answer = None if thought.answer_ids is None else self._decode(thought.answer_ids)
         if answer is not None and isinstance(completion.stop_reason, str):
             answer = answer.partition(completion.stop_reason)[0].rstrip()
@@ -177,8 +176,22 @@ class VLLMEngine:
             latency_s=latency_s,
         )
 
-    def _decode(self, token_ids: tuple[int, ...]) -> str:
+    def split(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> tuple[Thought, str, Mode]:
+        """A completion's thought, its text, and the mode that this makes."""
+        tail = self._tokenizer.decode(list(prompt_ids[-TAIL_TOKENS:]))
+        thought = split_thought(tail, token_ids, self.tags)
+        reasoning = self._decode(thought.reasoning_ids)
+        return thought, reasoning, mode_of(thought, reasoning)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    async def check_health(self) -> None:
+        """Raise EngineDiedError once the engine's processes are gone."""
+        try:
+            await self.llm.check_health()
+        except EngineDeadError as error:
+            raise EngineDiedError(f"The engine died: {_one_line(error)}") from error
 
     def shutdown(self) -> None:
         """As the contract says."""
@@ -192,12 +205,6 @@ def _check_finished(output: RequestOutput) -> None:
         raise EngineDiedError("The engine gave up its requests: it is being stopped.")
     if reason not in ("stop", "length"):
         raise SampleError("engine_error", f"vLLM ended the request with {reason!r}.")
-
-
-def _open(image: EncodedImage, tiling: Tiling | None) -> Image.Image:
-    picture = open_prepared(image)
-    size = picture.size if tiling is None else tiling.fit(*picture.size)
-    return picture if size == picture.size else picture.resize(size)
 
 
 def _place_images(request: EngineRequest, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:

@@ -1,0 +1,187 @@
+"""`r4b serve`: a deployment on this machine, until Ctrl-C.
+
+Ray, Serve and HAProxy are started here and end with the command. A cluster is `serve deploy`'s (docs/serving.md).
+Not covered: what a deployment is (`deployments`), which is imported only when it is served.
+"""
+
+import contextlib
+import ipaddress
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.spec_file import apply_override, read_yaml
+from pipeline.cluster import silent_stderr
+from pipeline.engine.models import check_model, is_local
+from pipeline.errors import JobError, SpecError
+from pipeline.storage import absolute_url
+
+SERVE_ENVIRONMENT = {
+    # Serve's Python proxy halves the throughput; HAProxy goes to the replicas directly (docs/serving.md has figures).
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A replica that leaves stays reachable this long; HAProxy on the same machine learns of it within a second.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    # On a machine that starts an engine meanwhile, 5 s are not always enough for HAProxy to come up.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_worker_niceness": "0",  # at Ray's 15 anything else on the machine starves the engine
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ core writes to our terminal
+}
+
+
+REACHABLE_S = 60
+
+
+def load_settings(path: str | None, overrides: Sequence[str], auth: bool) -> dict[str, Any]:
+    """The settings' mapping, checked; raises SpecError."""
+    from deployments.settings import parse_settings
+
+    data = {} if path is None else read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    if not auth:
+        apply_override(data, "auth.required=false")
+    settings = parse_settings(data, path or "the settings")
+    check_model(settings.engine)
+    if is_local(settings.engine.model):
+        apply_override(data, f"engine.model={absolute_url(settings.engine.model)}")
+    for key, path in (("auth.keys_file", settings.auth.keys_file), ("access_log", settings.access_log)):
+        if path is not None:
+            apply_override(data, f"{key}={absolute_url(path)}")
+    if auth:
+        check_keys(settings.auth.keys_file)
+    return dict(data)
+
+
+def check_keys(path: str | None) -> None:
+    """Raise SpecError, before the engine starts, when no key can be read."""
+    from deployments.keys import KeyRing
+
+    KeyRing(path)
+
+
+def check_listening(host: str, port: int, auth: bool) -> None:
+    """Raise SpecError for an address that cannot be listened on, or that is open to others without keys."""
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError as error:
+        raise SpecError(
+            f"--host: {host} is not an IP address; 127.0.0.1 is this machine, 0.0.0.0 all of it."
+        ) from error
+    if not auth and not is_loopback:
+        raise SpecError(f"--no-auth: without keys the server listens on loopback only, and --host is {host}.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SpecError(f"--port: {host}:{port} cannot be listened on: {error.strerror}.") from error
+
+
+def serve_here(settings: dict[str, Any], host: str, port: int, on_ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM; raises JobError when the deployment does not start."""
+    stop = threading.Event()
+    with _serve_environment(), _heeding_signals(stop):
+        import ray
+        from ray import serve
+
+        from deployments.app import NAME, build
+
+        logs = {"enable_access_log": False, "log_level": "WARNING"}
+        try:
+            _start_ray(ray)
+            with silent_stderr():
+                serve.start(http_options={"host": host, "port": port}, logging_config=logs)
+                serve.run(build(settings), name=NAME, logging_config=logs)
+            _wait_until_reachable(host, port)
+            on_ready()
+            stop.wait()
+        except KeyboardInterrupt:
+            pass
+        except (RuntimeError, ray.exceptions.RayError) as error:
+            raise JobError(f"The deployment did not start: {_last_words(serve, NAME) or error}") from error
+        finally:
+            with silent_stderr():
+                serve.shutdown()
+                ray.shutdown()
+
+
+def _start_ray(ray: Any) -> None:
+    try:
+        with silent_stderr():
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises plain ones
+        raise JobError(f"Ray cannot be started here: {' '.join(str(error).split())[:300]}") from error
+
+
+def _wait_until_reachable(host: str, port: int) -> None:
+    """Serve says that the replica runs a moment before HAProxy knows of it."""
+    local = "127.0.0.1" if host == "0.0.0.0" else "[::1]" if host == "::" else f"[{host}]" if ":" in host else host
+    for _ in range(REACHABLE_S * 5):
+        try:
+            urllib.request.urlopen(f"http://{local}:{port}/health", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise JobError(f"The deployment runs, but nothing answers at {local}:{port}.")
+
+
+def _last_words(serve: Any, name: str) -> str:
+    """The replica's own error: the last line of the traceback that Serve tells."""
+    status = serve.status().applications.get(name)
+    messages = [deployment.message for deployment in status.deployments.values()] if status else []
+    lines = [line.strip() for line in "\n".join(messages).splitlines() if line.strip()]
+    return lines[-1].partition("Error: ")[2][:1000] if lines else ""
+
+
+@contextlib.contextmanager
+def _heeding_signals(stop: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the waiting, or the start if that is not done yet."""
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _serve_environment() -> Iterator[None]:
+    """Serve and HAProxy read the environment; HAProxy's sockets, which control it, go where only we may look."""
+    folder = tempfile.mkdtemp(prefix="r4b-serve-")
+    paths = {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    }
+    binary = Path(sys.executable).with_name("r4b-haproxy")
+    values = {
+        **SERVE_ENVIRONMENT,
+        **{name: str(Path(folder) / path) for name, path in paths.items()},
+        **({"RAY_SERVE_HAPROXY_BINARY_PATH": str(binary)} if binary.exists() else {}),
+    }
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""The AsyncLLM behind HTTP: vLLM's own, which also tells of each completion and keeps the grammar out of the thought.
+
+Not covered: requests that end before their first token.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+OnFinished = Callable[[Sequence[int], Sequence[int], str], None]
+"""Takes the prompt's token ids, the completion's, and its finish_reason."""
+
+
+class OnlineLLM(AsyncLLM):  # type: ignore[misc]  # vLLM has no types
+    """Set `on_finished` and `max_prompt_tokens` after the start."""
+
+    on_finished: OnFinished = staticmethod(lambda prompt_ids, token_ids, finish_reason: None)
+    max_prompt_tokens: int | None = None
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As vLLM's; raises VLLMValidationError for a prompt above `max_prompt_tokens`."""
+        self._check_length(prompt)
+        # vLLM says True here where the client wants no reasoning shown, which would put the thought under the grammar.
+        options["reasoning_ended"] = None
+        is_delta = sampling_params.output_kind == RequestOutputKind.DELTA
+        seen: dict[int, list[int]] = {}
+        async for output in super().generate(prompt, sampling_params, request_id, **options):
+            for choice in output.outputs:
+                if is_delta:
+                    seen.setdefault(choice.index, []).extend(choice.token_ids)
+                if choice.finish_reason is not None:
+                    token_ids = seen.pop(choice.index) if is_delta else choice.token_ids
+                    self.on_finished(output.prompt_token_ids or [], token_ids, str(choice.finish_reason))
+            yield output
+
+    def _check_length(self, prompt: Any) -> None:
+        length = len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
+        if self.max_prompt_tokens is not None and length > self.max_prompt_tokens:
+            raise VLLMValidationError(
+                f"The prompt has {length} tokens, this server takes {self.max_prompt_tokens}.", parameter="messages"
+            )

@@ -1,0 +1,133 @@
+"""vLLM's own OpenAI app over a running VLLMEngine: its protocol models, its errors, its streaming.
+
+What is ours: which of its routes are served, limits on a request (`chat_limits`), the reasoning parser, and that a
+request which meets a dead engine is told to come again.
+Not covered: keys, sizes, logs (the gate that a deployment puts before this app), and restarting a dead engine.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from vllm.config import StructuredOutputsConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import GracefulHTTPError
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+from pipeline.engine.chat_limits import ChatLimits, check_request
+from pipeline.engine.media import MediaSettings, configure_media
+from pipeline.engine.online_llm import OnlineLLM
+from pipeline.engine.vllm_engine import VLLMEngine
+from pipeline.records import Mode
+from pipeline.spec import EngineSpec
+
+SERVED_PATHS = ("/v1/chat/completions", "/v1/models", "/health", "/version")
+TASKS: Any = ("generate",)
+UNAVAILABLE: Any = 503
+
+ONLINE_ARGS: dict[str, Any] = {
+    "reasoning_parser": "r4b",
+    "scheduling_policy": "priority",  # rows of a batch job come after people
+    "disable_log_stats": False,
+    # JSON that a grammar lets be padded with white space is, by a small model, until max_tokens.
+    "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
+}
+"""vLLM arguments that online serving adds to those of a batch engine; `engine.args` may override them."""
+
+
+@dataclass(frozen=True)
+class OpenAISettings:
+    """How the app presents the model, and what it takes."""
+
+    model_name: str
+    limits: ChatLimits
+    media: MediaSettings
+
+
+@dataclass(frozen=True)
+class FinishedChoice:
+    """One completion: `reasoning_tokens` and `answer_tokens` as batch stores them."""
+
+    mode: Mode
+    finish_reason: str
+    reasoning_tokens: int
+    answer_tokens: int
+
+
+async def start_online_engine(
+    spec: EngineSpec, on_finished: Callable[[FinishedChoice], None], max_prompt_tokens: int | None
+) -> VLLMEngine:
+    """An engine for `build_openai_app`, whose metrics go to Ray; raises JobError when it does not start."""
+    online = spec.model_copy(update={"args": {**ONLINE_ARGS, **spec.args}})
+    engine = await VLLMEngine.start(online, OnlineLLM, [RayPrometheusStatLogger])
+
+    def finish(prompt_ids: Sequence[int], token_ids: Sequence[int], finish_reason: str) -> None:
+        thought, _, mode = engine.split(prompt_ids, token_ids)
+        on_finished(FinishedChoice(mode, finish_reason, len(thought.reasoning_ids), len(thought.answer_ids or ())))
+
+    llm: Any = engine.llm
+    llm.on_finished, llm.max_prompt_tokens = finish, max_prompt_tokens
+    return engine
+
+
+async def build_openai_app(engine: VLLMEngine, settings: OpenAISettings) -> FastAPI:
+    """vLLM's app, ready for requests; its other routes exist but must not be reached (see SERVED_PATHS)."""
+    os.environ["VLLM_MEDIA_CONNECTOR"] = "r4b"  # vLLM's own reads files and resolves names without our rules
+    configure_media(settings.media)
+    args = _arguments(engine, settings)
+    app: FastAPI = build_app(args, TASKS)
+    await init_app_state(engine.llm, app.state, args, TASKS)
+    chat = app.state.openai_serving_chat
+    chat.override_max_tokens = settings.limits.max_tokens
+    app.state.openai_serving_chat = CheckedChat(chat, settings.limits)
+    _trim_openapi(app)
+    return app
+
+
+def _arguments(engine: VLLMEngine, settings: OpenAISettings) -> Namespace:
+    """vLLM's front-end arguments at their defaults, but for those that name the model or open the server up."""
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args.model = settings.model_name  # it is shown as the model's `root`, and a path is nobody's business
+    args.served_model_name = [settings.model_name]
+    args.structured_outputs_config = engine.llm.vllm_config.structured_outputs_config
+    args.disable_log_stats = True  # its loop only writes to the log; the metrics do not need it
+    args.allowed_origins = []  # vLLM's default lets any web page call the server
+    args.disable_fastapi_docs = False
+    args.enable_prompt_tokens_details = True
+    args.enable_log_requests = False
+    return args
+
+
+class CheckedChat:
+    """vLLM's chat serving with our checks before it."""
+
+    def __init__(self, chat: Any, limits: ChatLimits) -> None:
+        self._chat = chat
+        self._limits = limits
+
+    async def create_chat_completion(self, request: ChatCompletionRequest, raw_request: Any) -> Any:
+        """As vLLM's; raises VLLMError, which vLLM's handlers turn into a response."""
+        check_request(request, self._limits)
+        try:
+            return await self._chat.create_chat_completion(request, raw_request)
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise GracefulHTTPError("The engine died; another one is being started.", UNAVAILABLE) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chat, name)
+
+
+def _trim_openapi(app: FastAPI) -> None:
+    """The document names what is served, nothing else."""
+    document = app.openapi()
+    document["info"] = {"title": "R-4B", "version": document["info"]["version"]}
+    document["paths"] = {path: item for path, item in document["paths"].items() if path in SERVED_PATHS}
+    app.openapi_schema = document
