@@ -92,8 +92,8 @@ class ServeSettings(Section):
     @pydantic.field_validator("engine")
     @classmethod
     def _online(cls, engine: EngineSpec) -> EngineSpec:
-        if engine.kind != "vllm":
-            raise ValueError("only kind vllm can be served")
+        if engine.kind != "vllm" or engine.pool != "actors":
+            raise ValueError("a deployment holds engines: kind vllm, pool actors")
         if "replicas" in engine.model_fields_set:
             raise ValueError("replicas: say it as scaling.min_replicas and scaling.max_replicas")
         return engine

@@ -5,6 +5,7 @@ Not covered: what a deployment is (`deployments`), which is imported only when i
 """
 
 import contextlib
+import io
 import ipaddress
 import logging
 import os
@@ -41,6 +42,7 @@ SERVE_ENVIRONMENT = {
 
 
 REACHABLE_S = 60
+SERVE_LOGS = {"enable_access_log": False, "log_level": "WARNING"}
 
 
 def load_settings(path: str | None, overrides: Sequence[str], auth: bool) -> dict[str, Any]:
@@ -93,35 +95,52 @@ def check_listening(host: str, port: int, auth: bool) -> None:
 def serve_here(settings: dict[str, Any], host: str, port: int, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; raises JobError when the deployment does not start."""
     stop = threading.Event()
-    with _serve_environment(), _heeding_signals(stop):
+    with _heeding_signals(stop), contextlib.suppress(KeyboardInterrupt), local_serve(host, port):
+        deploy(settings, host, port)
+        on_ready()
+        stop.wait()
+
+
+@contextlib.contextmanager
+def local_serve(host: str, port: int, **ray_options: Any) -> Iterator[None]:
+    """Ray and Serve on this machine, with nothing deployed yet; raises JobError."""
+    with _serve_environment():
         import ray
         from ray import serve
 
-        from deployments.app import NAME, build
-
-        logs = {"enable_access_log": False, "log_level": "WARNING"}
         try:
-            _start_ray(ray)
+            _start_ray(ray, ray_options)
             with silent_stderr():
-                serve.start(http_options={"host": host, "port": port}, logging_config=logs)
-                serve.run(build(settings), name=NAME, logging_config=logs)
-            _wait_until_reachable(host, port)
-            on_ready()
-            stop.wait()
-        except KeyboardInterrupt:
-            pass
-        except (RuntimeError, ray.exceptions.RayError) as error:
-            raise JobError(f"The deployment did not start: {_last_words(serve, NAME) or error}") from error
+                serve.start(http_options={"host": host, "port": port}, logging_config=SERVE_LOGS)
+            yield
+        except ray.exceptions.RayError as error:
+            raise JobError(f"Ray Serve: {' '.join(str(error).split())[:500]}") from error
         finally:
-            with silent_stderr():
+            # Ray prints to both that it tries again to end what has ended.
+            with silent_stderr(), contextlib.redirect_stdout(io.StringIO()):
                 serve.shutdown()
                 ray.shutdown()
 
 
-def _start_ray(ray: Any) -> None:
+def deploy(settings: dict[str, Any], host: str, port: int) -> None:
+    """Deploy, or update what is deployed, replica by replica; returns when it answers, raises JobError."""
+    from ray import serve
+
+    from deployments.app import NAME, build
+
     try:
         with silent_stderr():
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            serve.run(build(settings), name=NAME, logging_config=SERVE_LOGS)
+    except RuntimeError as error:
+        raise JobError(f"The deployment did not start: {_last_words(serve, NAME) or error}") from error
+    _wait_until_reachable(host, port)
+
+
+def _start_ray(ray: Any, options: dict[str, Any]) -> None:
+    fixed = {"address": "local", "include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        with silent_stderr():
+            ray.init(**fixed, **options)
     except Exception as error:  # Ray raises plain ones
         raise JobError(f"Ray cannot be started here: {' '.join(str(error).split())[:300]}") from error
 

@@ -71,12 +71,13 @@ def run_batch(
 ) -> Manifest:
     """Run a job to its end, or what an earlier run left of it; raises SpecError before, JobError after the start."""
     check_model(job.engine)
+    identity = identify_model(job.engine)
+    deployed = find_deployment(job, identity)
     plan = make_plan(job)
     if plan.prompt_table is not None:
         load_prompt_table(*plan.prompt_table, job.storage)  # a table that cannot be used fails here, not in each reader
-    output = Output(
-        job, fingerprint_parts(job, identify_model(job.engine), plan.format, plan.schema, plan.prompt_table)
-    )
+    parts = fingerprint_parts(job, identity, plan.format, plan.schema, plan.prompt_table)
+    output = Output(job, {**parts, **deployed})
     claim_output(output, force_new)
     committed = committed_chunks(output)
     known, stale = refuse_stale(output, plan, committed, drop_stale)
@@ -96,6 +97,16 @@ def run_batch(
     return finish(output, complete_plan(job, plan), stale)
 
 
+def find_deployment(job: JobSpec, model_identity: str) -> dict[str, str]:
+    """What answers a job that has no engines of its own, for its fingerprint; raises SpecError if it is not there."""
+    if job.engine.pool == "actors":
+        return {}
+    from pipeline.engine.served import check_deployment  # here, for most jobs need no Serve, which is slow to import
+
+    start_ray(job)
+    return check_deployment(job.engine, model_identity)
+
+
 def run_readings(
     readings: list[Reading], settings: ReadSettings, output: Output, resumes: bool
 ) -> Iterator[ChunkReport | FailedShard]:
@@ -107,7 +118,8 @@ def run_readings(
     dataset = dataset.map_batches(read_batches, fn_kwargs=reading, num_cpus=CPUS_PER_READ, **WHOLE_BLOCK)
     with warnings.catch_warnings():  # Ray deprecates `max_restarts` here before it has another place for it
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        dataset = dataset.map_batches(EngineActor, fn_constructor_args=(job,), **engine_resources(job), **WHOLE_BLOCK)
+        engine = {"fn_constructor_args": (job, output.fingerprint), **engine_resources(job)}
+        dataset = dataset.map_batches(EngineActor, **engine, **WHOLE_BLOCK)
     dataset = dataset.map_batches(commit_batch, fn_kwargs={"output": output}, num_cpus=CPUS_PER_COMMIT, **WHOLE_BLOCK)
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -128,10 +140,14 @@ def read_batches(batch: pa.Table, settings: ReadSettings, output: Output | None)
 
 
 class EngineActor:
-    """GPU actor: one engine. Its chunks run concurrently, so that one long thought does not idle the engine."""
+    """GPU actor: one engine. Its chunks run concurrently, so that one long thought does not idle the engine.
 
-    def __init__(self, job: JobSpec) -> None:
+    With `engine.pool: serve` the engine is a deployment elsewhere, and the actor needs no GPU.
+    """
+
+    def __init__(self, job: JobSpec, made_with: dict[str, str]) -> None:
         self.job = job
+        self.made_with = made_with
         self.engine: Any = None
         self.ready_at = 0.0
         self.starting = asyncio.Lock()
@@ -144,7 +160,7 @@ class EngineActor:
             return batch
         async with self.starting:  # here, not in the constructor: the engine lives in this event loop
             if self.engine is None:
-                self.engine = await open_engine(self.job.engine)
+                self.engine = await open_engine(self.job.engine, self.made_with)
                 self.ready_at = time.time()
         try:
             results = await asyncio.gather(*(self.answer(task) for task in chunk.tasks))
@@ -182,7 +198,7 @@ MAX_ENGINE_RESTARTS = 10
 def engine_resources(job: JobSpec) -> dict[str, Any]:
     """The actor pool: its size, what each actor reserves, and how many chunks each holds."""
     engine = job.engine
-    num_gpus = engine.num_gpus * engine.tensor_parallel_size
+    num_gpus = engine.gpus_per_actor
     chunks = chunks_in_flight(engine.max_num_seqs, job.output.chunk_rows * max(1, len(job.spec_prompts)))
     pool = ray.data.ActorPoolStrategy(
         min_size=engine.replicas.min,
@@ -312,3 +328,4 @@ def set_up_data() -> None:
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # bytes: no two rows share a block, for a chunk need not wait for the next
     context.execution_no_progress_timeout_s = -1  # waiting for GPUs to arrive is no failure
+    context.raise_original_map_exception = True  # Ray's own wrapper loses ours on its way from an actor

@@ -17,26 +17,40 @@ from pipeline.spec import JobSpec
 
 
 def start_ray(job: JobSpec) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; raises SpecError if neither can serve."""
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve an engine
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes to our terminal
-        joins = bool(os.environ.get("RAY_ADDRESS"))
-        local: dict[str, Any] = {} if joins else {"address": "local", "include_dashboard": False}
-        try:
-            with silent_stderr():
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-        except (ConnectionError, ValueError) as error:
-            what = "RAY_ADDRESS: no Ray cluster can be joined there" if joins else "Ray cannot be started here"
-            raise SpecError(f"{what}: {' '.join(str(error).split())[:300]}") from error
-        if not joins:
-            check_gpus(job)
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; raises SpecError if neither can serve.
+
+    A job of a deployment (`engine.pool: serve`) starts nothing: it joins the Ray that runs here already.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve an engine
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes to our terminal
+    options: dict[str, Any]
+    if os.environ.get("RAY_ADDRESS"):
+        options, failure = {}, "RAY_ADDRESS: no Ray cluster can be joined there"
+    elif job.engine.pool == "serve":
+        options, failure = {"address": "auto"}, NO_CLUSTER
+    else:
+        options, failure = {"address": "local", "include_dashboard": False}, "Ray cannot be started here"
+    try:
+        with silent_stderr():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise SpecError(f"{failure}: {' '.join(str(error).split())[:300]}") from error
+    if options.get("address") == "local":
+        check_gpus(job)
+
+
+NO_CLUSTER = (
+    "engine.pool: serve needs a running deployment, and no Ray runs on this machine that could be joined. Start one "
+    "with r4b serve, or set RAY_ADDRESS to the cluster where it runs"
+)
 
 
 def check_gpus(job: JobSpec) -> None:
     """Raise SpecError if this machine, which never grows, has too few GPUs for the engines that must run."""
     have = ray.cluster_resources().get("GPU", 0)
-    need = job.engine.num_gpus * job.engine.tensor_parallel_size * job.engine.replicas.min
+    need = job.engine.gpus_per_actor * job.engine.replicas.min
     if need > have:
         raise SpecError(
             f"engine.num_gpus: the job needs {need:g} GPUs to start, this machine has {have:g}. "
@@ -62,7 +76,8 @@ def find_cause(error: BaseException) -> BaseException:
     """Our own error inside Ray's wrappers, or a JobError that says in a line what Ray said."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, R4BError):
+        # Ray's RayTaskError(JobError) is a JobError too, whose message is a traceback; it holds the plain one.
+        if isinstance(seen, R4BError) and not isinstance(seen, ray.exceptions.RayTaskError):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
     return JobError(f"Ray: {' '.join(str(error).split())[:1000]}")

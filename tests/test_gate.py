@@ -68,12 +68,12 @@ class App:
     async def do_stream(self, receive: Receive, send: Send) -> None:
         await self.start(send)
         for number in range(3):
-            await asyncio.to_thread(self.go.acquire)
+            await asyncio.to_thread(self.go.acquire, timeout=30)
             await send({"type": "http.response.body", "body": b"data: %d\n\n" % number, "more_body": True})
         await send({"type": "http.response.body"})
 
     async def do_hold(self, receive: Receive, send: Send) -> None:
-        await asyncio.to_thread(self.go.acquire)
+        await asyncio.to_thread(self.go.acquire, timeout=30)
         await self.do_echo(receive, send)
 
     async def do_wait(self, receive: Receive, send: Send) -> None:

@@ -290,6 +290,27 @@ def test_parse_spec_endpoint_url_with_credentials_is_refused_without_repeating_t
     assert "hidden-word" not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"pool": "serve", "args": {}}, "engine: args: with pool: serve the deployment decides; leave it out"),
+        (
+            {"pool": "serve", "num_gpus": 1, "max_model_len": 99},
+            "engine: num_gpus, max_model_len: with pool: serve the deployment decides; leave it out",
+        ),
+        ({"app": "other"}, "engine: app (other) names a deployment: set pool: serve, or leave it out"),
+    ],
+)
+def test_parse_spec_keys_that_the_engines_pool_would_ignore_are_refused(engine: dict[str, Any], message: str) -> None:
+    assert refusal_of(with_value("engine", engine)) == [f"  {message}"]
+
+
+def test_parse_spec_actors_of_a_deployment_need_no_gpu() -> None:
+    own = parse_spec(with_value("engine", {"num_gpus": 0.5, "tensor_parallel_size": 4}), "job.yaml").engine
+    served = parse_spec(with_value("engine", {"pool": "serve", "app": "other", "revision": "v1"}), "job.yaml").engine
+    assert (own.gpus_per_actor, served.gpus_per_actor) == (2, 0)
+
+
 def test_prompt_columns_are_those_of_template_system_and_mode() -> None:
     prompt = {"id": "p", "template": "{{ a }}", "system": "{{ b }} {{ a }}", "thinking_mode": "{{ c }}"}
     assert parse_spec(with_value("prompts", [prompt]), "job.yaml").spec_prompts[0].columns == {"a", "b", "c"}
@@ -349,6 +370,8 @@ def test_fingerprint_parts_what_decides_an_answer_changes_its_part_alone(key: st
         ("engine.tensor_parallel_size", 2),
         ("engine.max_num_seqs", 5),
         ("engine.model", "a/moved/copy"),
+        ("engine.pool", "serve"),
+        ("engine", {"pool": "serve", "app": "other"}),
         ("output.url", "s3://bucket/other/"),
         ("limits.max_error_rate", 0.5),
         ("limits.fetch_timeout_s", 5.0),
@@ -395,7 +418,7 @@ def test_fingerprint_every_key_of_the_spec_was_decided_upon() -> None:
     )
     job = parse_spec(MINIMAL, "job.yaml")
     in_fingerprint = {"kind", "model", "revision", "max_model_len", "args", "simulation"}
-    not_in_it = {"replicas", "num_gpus", "tensor_parallel_size", "max_num_seqs"}
+    not_in_it = {"pool", "app", "replicas", "num_gpus", "tensor_parallel_size", "max_num_seqs"}
     assert set(type(job.engine).model_fields) == in_fingerprint | not_in_it
     assert set(type(job.input).model_fields) == {"format", "columns", "sample", "where"} | {"url", "limit"}
     assert set(type(job.output).model_fields) == {"chunk_rows", "keep_columns"} | {"url"}

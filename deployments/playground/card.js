@@ -128,7 +128,7 @@ export class Card {
     noticeText.textContent = text;
     noticeDetail.textContent = detail ?? "";
     noticeDetail.hidden = !detail;
-    retry.hidden = !error || error.status === 401;
+    retry.hidden = !error?.isPassing;
   }
 
   /** What a reader should know about an answer that came without an error. */

@@ -19,6 +19,11 @@ export class ApiError extends Error {
     super(title);
     Object.assign(this, { title, advice, detail, status, retryAfterS });
   }
+
+  /** Whether the same request may go well another time. */
+  get isPassing() {
+    return this.status < 400 || this.status >= 500 || this.status === 408 || this.status === 429;
+  }
 }
 
 /** Names of the served models; fails with an ApiError. */
@@ -43,7 +48,7 @@ export function toBody({ model, prompt, system, mode, temperature, maxTokens }, 
   return body;
 }
 
-/** The chunks of one completion as they come; fails with an ApiError, or an AbortError when `signal` says so. */
+/** The chunks of one completion until its stream ends; fails with an ApiError, or an AbortError when `signal` says so. */
 export async function* streamChat(body, key, signal) {
   const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await send("chat/completions", key, { method: "POST", body: JSON.stringify(streamed), signal });
@@ -54,18 +59,25 @@ export async function* streamChat(body, key, signal) {
   const parser = new SseParser();
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await readOn(reader);
       if (done) return;
       for (const payload of parser.push(value)) {
         if (payload === "[DONE]") return;
         yield toChunk(payload);
       }
     }
-  } catch (error) {
-    if (error instanceof ApiError || error.name === "AbortError") throw error;
-    throw brokenOff();
   } finally {
     reader.cancel().catch(() => {}); // of a stream that has ended or failed there is nothing left to cancel
+  }
+}
+
+/** A connection that broke has ended too: whether the model had finished before, the chunks have told. */
+async function readOn(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    return { done: true };
   }
 }
 

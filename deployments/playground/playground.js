@@ -74,7 +74,6 @@ async function connect() {
 }
 
 async function send() {
-  if (running) return;
   const problem = checkForm();
   if (problem) {
     problem.focus();

@@ -25,6 +25,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from pipeline.engine.chat_limits import ChatLimits, check_request
 from pipeline.engine.media import MediaSettings, configure_media
 from pipeline.engine.online_llm import OnlineLLM
+from pipeline.engine.reasoning import R4BParser
 from pipeline.engine.vllm_engine import VLLMEngine
 from pipeline.records import Mode
 from pipeline.spec import EngineSpec
@@ -87,6 +88,7 @@ async def build_openai_app(engine: VLLMEngine, settings: OpenAISettings) -> Fast
     await init_app_state(engine.llm, app.state, args, TASKS)
     chat = app.state.openai_serving_chat
     chat.override_max_tokens = settings.limits.max_tokens
+    chat.parser_cls = R4BParser.with_tags(engine.tags)
     app.state.openai_serving_chat = CheckedChat(chat, settings.limits)
     _trim_openapi(app)
     return app

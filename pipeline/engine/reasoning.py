@@ -14,7 +14,7 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.parser.abstract_parser import DelegatingParser
 from vllm.reasoning import ReasoningParser
 
-from pipeline.engine.thought_text import Reading, ThoughtStream, leaves_open, read_whole
+from pipeline.engine.thought_text import Reading, ThoughtStream, leaves_open, prompt_to_tail, read_whole
 from pipeline.thinking import CLOSE_TAG, OPEN_TAG, Tags, opens_thought, split_thought
 
 
@@ -24,19 +24,6 @@ def find_tags(tokenizer: Any) -> Tags:
     if None in (open_id, close_id) or tokenizer.unk_token_id in (open_id, close_id):
         raise ValueError(f"The model has no {OPEN_TAG} and {CLOSE_TAG} tokens: it does not mark its thoughts.")
     return Tags(open_id, close_id, frozenset({tokenizer.eos_token_id} - {None}))
-
-
-def prompt_to_tail(prompt_ids: Sequence[int], tags: Tags) -> str:
-    """The prompt's end as `split_thought` takes it: `<think>` where the last turn leaves a thought open.
-
-    A turn that the client began, to be continued, may hold the thought's first words.
-    """
-    for token in reversed(prompt_ids):
-        if token == tags.open_id:
-            return OPEN_TAG
-        if token == tags.close_id or token in tags.end_ids:
-            break
-    return ""
 
 
 class R4BReasoningParser(ReasoningParser):  # type: ignore[misc]  # vLLM has no types

@@ -41,6 +41,19 @@ class Reading:
         return self.keep_lead and (side == "reasoning") == opens_thought(self.tail)
 
 
+def prompt_to_tail(prompt_ids: Sequence[int], tags: Tags) -> str:
+    """The prompt's end as `split_thought` takes it: `<think>` where the last turn leaves a thought open.
+
+    A turn that the client began, to be continued, may hold the thought's first words.
+    """
+    for token in reversed(prompt_ids):
+        if token == tags.open_id:
+            return OPEN_TAG
+        if token == tags.close_id or token in tags.end_ids:
+            break
+    return ""
+
+
 def read_whole(
     reading: Reading, token_ids: Sequence[int], num_chars: float = math.inf
 ) -> tuple[str | None, str | None]:

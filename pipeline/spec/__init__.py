@@ -6,7 +6,7 @@ Not covered: whether the input, the output and the model exist.
 
 from pipeline.spec.engine import EngineSpec, Replicas, SimulationSpec
 from pipeline.spec.input import Columns, InputFormat, InputSpec, SampleSpec
-from pipeline.spec.job import JobSpec, fingerprint_of, fingerprint_parts, parse_spec
+from pipeline.spec.job import JobSpec, engine_parts, fingerprint_of, fingerprint_parts, parse_spec
 from pipeline.spec.places import HttpSpec, LimitsSpec, OutputSpec, StorageSpec
 from pipeline.spec.prompts import MessageSpec, PromptShardsSpec, PromptSpec, SamplingSpec, check_sampling
 
@@ -28,6 +28,7 @@ __all__ = [
     "SimulationSpec",
     "StorageSpec",
     "check_sampling",
+    "engine_parts",
     "fingerprint_of",
     "fingerprint_parts",
     "parse_spec",

@@ -8,9 +8,12 @@ from pydantic import Field
 
 from pipeline.spec.base import NonEmpty, Section
 
+DECIDED_BY_DEPLOYMENT = ("num_gpus", "tensor_parallel_size", "max_model_len", "args", "simulation")
+DEFAULT_APP = "r4b"
+
 
 class Replicas(Section):
-    """How many engines: the pool starts with `min` and grows to `max`."""
+    """How many actors, each with an engine or sending to a deployment: from `min`, growing to `max`."""
 
     min: Annotated[int, Field(ge=1)] = 1
     max: Annotated[int, Field(ge=1)] = 1
@@ -36,6 +39,10 @@ class EngineSpec(Section):
     """The model and the engines that run it."""
 
     kind: Literal["vllm", "simulated"] = "vllm"
+    pool: Literal["actors", "serve"] = "actors"
+    """`actors` holds engines of the job's own; `serve` sends its rows to a running deployment."""
+    app: NonEmpty = DEFAULT_APP
+    """With `pool: serve`, the Serve application."""
     model: NonEmpty = "YannQi/R-4B"
     revision: str | None = None
     replicas: Replicas = Replicas()
@@ -55,3 +62,17 @@ class EngineSpec(Section):
         if taken:
             raise ValueError(f"{', '.join(taken)}: say it as engine.{taken[0]}, not in engine.args")
         return args
+
+    @pydantic.model_validator(mode="after")
+    def _fits_its_pool(self) -> "EngineSpec":
+        if self.pool == "actors" and self.app != DEFAULT_APP:
+            raise ValueError(f"app ({self.app}) names a deployment: set pool: serve, or leave it out")
+        decided = [name for name in DECIDED_BY_DEPLOYMENT if name in self.model_fields_set]
+        if self.pool == "serve" and decided:
+            raise ValueError(f"{', '.join(decided)}: with pool: serve the deployment decides; leave it out")
+        return self
+
+    @property
+    def gpus_per_actor(self) -> float:
+        """What an actor of the pool reserves: all GPUs of its engine, for vLLM's workers are its children."""
+        return 0 if self.pool == "serve" else self.num_gpus * self.tensor_parallel_size

@@ -108,12 +108,9 @@ def fingerprint_parts(
 
     `input_format` is the one that was found, `schema` the types of the columns that are kept or filtered by.
     """
-    engine = job.engine.model_dump(include={"kind", "max_model_len", "args", "simulation"}, mode="json")
     kept = {name: str(schema.field(name).type) for name in job.output.keep_columns}
     parts = {
-        "engine.model": model_identity,
-        "engine.revision": str(job.engine.revision),
-        "engine": _dump(engine),
+        **engine_parts(job.engine, model_identity),
         "prompts": _dump(job.model_dump(include={"prompts"}, mode="json", exclude_defaults=True)["prompts"]),
         "sampling": _dump(job.sampling.model_dump(mode="json")),
         "input.format": input_format,
@@ -125,6 +122,12 @@ def fingerprint_parts(
         "limits": _dump(job.limits.model_dump(include=IMAGE_LIMITS, mode="json")),
     }
     return parts if prompt_table is None else {**parts, "prompts.url": " ".join(prompt_table)}
+
+
+def engine_parts(engine: EngineSpec, model_identity: str) -> dict[str, str]:
+    """What of an engine decides an answer; a deployment tells the same of its own (`engine.pool: serve`)."""
+    deciding = engine.model_dump(include={"kind", "max_model_len", "args", "simulation"}, mode="json")
+    return {"engine.model": model_identity, "engine.revision": str(engine.revision), "engine": _dump(deciding)}
 
 
 IMAGE_LIMITS = {"max_image_pixels", "max_image_bytes", "max_image_frames", "image_formats"}

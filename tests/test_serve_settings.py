@@ -1,0 +1,158 @@
+"""Settings of a deployment, the checks of `r4b serve` before anything starts, and HAProxy's configuration."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.app import HEADROOM, serve_options
+from deployments.haproxy import UNAVAILABLE, mend
+from deployments.settings import parse_settings
+from jobs.demo import CHECKPOINT
+from pipeline.errors import SpecError
+from tests.running import Finished, r4b
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], "a YAML mapping"),
+        ({"modelname": "x"}, "modelname: unknown key"),
+        ({"engine": {"kind": "simulated"}}, "kind vllm"),
+        ({"engine": {"pool": "serve"}}, "pool actors"),
+        ({"engine": {"replicas": {"min": 1, "max": 2}}}, "scaling.min_replicas"),
+        ({"scaling": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas (3) is larger"),
+        ({"limits": {"max_tokens": 0}}, "limits.max_tokens"),
+        ({"limits": {"max_tokens": "64"}}, "limits.max_tokens"),
+        ({"thinking_mode": "sometimes"}, "thinking_mode"),
+        ({"urls": {"http": {"allow_networks": ["everything"]}}}, "urls.http.allow_networks"),
+        ({"auth": {"keys": ["a-secret-key-0123456789"]}}, "auth.keys: unknown key"),
+    ],
+)
+def test_parse_settings_of_wrong_ones_names_the_key_and_no_secret(data: Any, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_settings(data, "file.yaml")
+    assert words in str(caught.value)
+    assert "a-secret-key" not in str(caught.value)
+
+
+def test_serve_options_of_a_fixed_number_do_not_autoscale() -> None:
+    options = serve_options(parse_settings({"scaling": {"min_replicas": 2, "max_replicas": 2}}, "x"))
+    assert options["num_replicas"] == 2
+    assert "autoscaling_config" not in options
+
+
+def test_serve_options_scale_by_real_numbers_from_max_num_seqs() -> None:
+    settings = parse_settings({"engine": {"max_num_seqs": 64}, "scaling": {"max_replicas": 4}}, "x")
+    options = serve_options(settings)
+    assert options["autoscaling_config"]["target_ongoing_requests"] == 48
+    assert options["max_ongoing_requests"] == 128 + HEADROOM
+    assert options["max_queued_requests"] == 128
+    assert options["backpressure_config"] == {"status_code": 503, "retry_after_s": 2}
+
+
+def test_serve_options_of_zero_replicas_start_with_one() -> None:
+    options = serve_options(parse_settings({"scaling": {"min_replicas": 0, "max_replicas": 2}}, "x"))
+    assert options["autoscaling_config"]["min_replicas"] == 0
+    assert options["autoscaling_config"]["initial_replicas"] == 1
+
+
+def test_serve_options_reserve_all_gpus_of_an_engine() -> None:
+    settings = parse_settings({"engine": {"num_gpus": 1, "tensor_parallel_size": 4}}, "x")
+    assert serve_options(settings)["ray_actor_options"]["num_gpus"] == 4
+
+
+@pytest.mark.parametrize("path", ["deployments/serve.yaml", "deployments/shapes.yaml"])
+def test_settings_in_the_repository_are_right(path: str) -> None:
+    data = yaml.safe_load((ROOT / path).read_text())
+    settings = parse_settings(data["applications"][0]["args"] if "applications" in data else data, path)
+    assert settings.auth.required
+
+
+def test_serve_yaml_is_a_serve_config() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "deployments/serve.yaml").read_text()))
+    assert config.applications[0].import_path == "deployments.app:build"
+
+
+CONFIG = """\
+defaults
+    errorfile 502 /somewhere/500.http
+    errorfile 503 /somewhere/500.http
+frontend prometheus
+    bind :9101
+    mode http
+frontend http_frontend
+    bind *:8000
+backend r4b
+    server one 127.0.0.1:30000 check
+listen stats
+  bind *:8404
+  stats enable
+"""
+
+
+def test_mend_leaves_open_only_what_clients_reach() -> None:
+    mended = mend(CONFIG, "/private/503.http")
+    binds = [line.strip() for line in mended.splitlines() if "bind" in line]
+    assert binds == ["bind 127.0.0.1:9101", "bind *:8000", "bind 127.0.0.1:8404"]
+
+
+def test_mend_answers_for_missing_replicas_with_our_page() -> None:
+    mended = mend(CONFIG, "/private/503.http")
+    assert [line.split() for line in mended.splitlines() if "errorfile" in line] == [
+        ["errorfile", "502", "/private/503.http"],
+        ["errorfile", "503", "/private/503.http"],
+    ]
+    assert mend(mended, "/private/503.http") == mended
+
+
+def test_unavailable_page_is_whole() -> None:
+    head, _, body = UNAVAILABLE.partition("\r\n\r\n")
+    assert f"Content-Length: {len(body)}" in head
+    assert "Retry-After: 2" in head
+
+
+def refused(folder: Path, *options: str, settings: Any = None) -> Finished:
+    """What the command says that must not start anything."""
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(settings or {"engine": {"model": str(CHECKPOINT), "num_gpus": 0}}))
+    return r4b("serve", str(file), *options, timeout=60)
+
+
+def test_serve_without_keys_is_refused_before_the_start(tmp_path: Path) -> None:
+    finished = refused(tmp_path)
+    assert finished.code == 2
+    assert "R4B_API_KEYS" in finished.stderr
+
+
+def test_serve_without_auth_to_the_network_is_refused(tmp_path: Path) -> None:
+    finished = refused(tmp_path, "--no-auth", "--host", "0.0.0.0")
+    assert finished.code == 2
+    assert "loopback" in finished.stderr
+
+
+def test_serve_on_a_taken_port_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        finished = refused(tmp_path, "--no-auth", "--port", str(taken.getsockname()[1]))
+    assert finished.code == 2
+    assert "--port" in finished.stderr
+
+
+def test_serve_of_a_missing_model_is_refused(tmp_path: Path) -> None:
+    finished = refused(tmp_path, "--no-auth", settings={"engine": {"model": "./nothing-here", "num_gpus": 0}})
+    assert finished.code == 2
+    assert "engine.model" in finished.stderr
+
+
+def test_serve_with_a_wrong_setting_names_it(tmp_path: Path) -> None:
+    finished = refused(tmp_path, "--no-auth", "--set", "limits.max_tokens=none")
+    assert finished.code == 2
+    assert "limits.max_tokens" in finished.stderr
