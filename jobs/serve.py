@@ -41,6 +41,12 @@ SERVE_ENVIRONMENT = {
 }
 
 
+# Serve's own are fixed, and a second server on the same machine would not start.
+SERVE_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
 REACHABLE_S = 60
 SERVE_LOGS = {"enable_access_log": False, "log_level": "WARNING"}
 
@@ -195,6 +201,7 @@ def _serve_environment() -> Iterator[None]:
     binary = Path(sys.executable).with_name("r4b-haproxy")
     values = {
         **SERVE_ENVIRONMENT,
+        **{name: str(_free_port()) for name in SERVE_PORTS},
         **{name: str(Path(folder) / path) for name, path in paths.items()},
         **({"RAY_SERVE_HAPROXY_BINARY_PATH": str(binary)} if binary.exists() else {}),
     }
@@ -204,3 +211,9 @@ def _serve_environment() -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

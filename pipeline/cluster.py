@@ -78,6 +78,11 @@ def find_cause(error: BaseException) -> BaseException:
     while seen is not None:
         # Ray's RayTaskError(JobError) is a JobError too, whose message is a traceback; it holds the plain one.
         if isinstance(seen, R4BError) and not isinstance(seen, ray.exceptions.RayTaskError):
+            seen.args = (str(seen).partition(DATA_ADVICE)[0],)
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
     return JobError(f"Ray: {' '.join(str(error).split())[:1000]}")
+
+
+DATA_ADVICE = "\nFailed to apply UDF transform"
+"""Ray Data adds three lines about its own retries to the message of an error that it passes on."""

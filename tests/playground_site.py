@@ -30,7 +30,7 @@ POLICY = (
 )
 """The strictest Content-Security-Policy that the page works under."""
 DONE = b"data: [DONE]\n\n"
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Gate(threading.Event):

@@ -61,7 +61,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script> &amp; </div>'
 KEY = "key-0123456789"
 
-expect.set_options(timeout=10_000)
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")
@@ -723,8 +723,8 @@ def test_server_that_is_gone_is_named_and_found_again(page: Page, site: Site) ->
 
 def test_connection_that_breaks_under_a_large_body_names_its_size(page: Page, site: Site) -> None:
     page.route("**/chat/completions", lambda route: route.abort("connectionreset"))
-    choose(page, picture("large.png", bytes(3_000_000)))
-    expect(part(finished(send(page)), "notice")).to_contain_text("The connection broke while 4.0 MB were being sent.")
+    choose(page, picture("large.png", bytes(1_200_000)))
+    expect(part(finished(send(page)), "notice")).to_contain_text("The connection broke while 1.6 MB were being sent.")
 
 
 def test_file_that_is_gone_is_named(page: Page, site: Site, tmp_path: Path) -> None:
@@ -912,6 +912,12 @@ def test_copy_without_a_clipboard_shows_the_text(browser: Browser, site: Site) -
 
 # --- looks
 
+COVERED = """() => {
+    const one = document.activeElement;
+    const box = one.getBoundingClientRect();
+    const top = document.elementFromPoint(box.left + box.width / 2, box.bottom - 3);
+    return !(one.matches(".unseen") || one.contains(top) || top?.contains(one));
+}"""
 LONG_WORD = "Donaudampfschifffahrt" * 30
 SIZES = """() => [...document.querySelectorAll("button, summary, input, textarea, .drop, .modes label")]
     .filter((one) => one.checkVisibility() && !one.matches(".unseen"))
@@ -1069,6 +1075,20 @@ def test_everything_is_reached_by_the_tab_key_in_the_order_of_the_page(page: Pag
         page.keyboard.press("Tab")
     form = ["files", "Remove a.png", "prompt", "INPUT", "SUMMARY", "system", "temperature", "maxTokens", "send"]
     assert order == [*form, "SUMMARY", "Copy answer", "Copy as curl", "Copy as Python"]
+
+
+def test_sticky_bar_never_covers_what_has_the_focus(browser: Browser, site: Site) -> None:
+    with visiting(browser, site.base_url, viewport={"width": 1280, "height": 480}) as page:
+        open_page(page)
+        choose(page, *(picture(f"{number}.png") for number in range(4)))
+        page.get_by_text("More settings").click()
+        page.locator("#files").focus()
+        seen = []
+        for key in 11 * ["Tab"] + 10 * ["Shift+Tab"]:
+            page.keyboard.press(key)
+            seen.append(page.evaluate("document.activeElement.id || document.activeElement.outerHTML.slice(0, 60)"))
+            assert page.evaluate(COVERED) is False, seen
+        assert {"prompt", "system", "maxTokens", "send"} <= set(seen)
 
 
 # --- the real server

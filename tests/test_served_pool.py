@@ -228,7 +228,7 @@ def test_generate_row_that_is_lost_again_and_again_fails_the_job(app: Any, engin
 
 def test_generate_failure_that_cannot_travel_fails_the_job_once_with_its_words(app: Any, engine: RunningEngine) -> None:
     app.order.remote("odd").result()
-    with pytest.raises(JobError, match="The application engines failed: .*OddError: 1 and 2"):
+    with pytest.raises(JobError, match=r"The application engines failed: .*OddError: 1 and 2"):
         engine.generate(question("Odd?"))
     nonsense: Any = None
     with pytest.raises(JobError, match="A row failed in the deployment: AttributeError"):
@@ -406,7 +406,7 @@ def test_job_whose_deployment_is_changed_or_deleted_stops_and_resumes_with_the_s
     write_scene_shards(tmp_path / "in", 200)
     spec, faults = served_spec(tmp_path, "r4b"), [*[""] * 40, *["hold"] * 500]
     deploy("r4b").order.remote(*faults).result()
-    with pytest.raises(JobError, match="runs another engine than the job was begun with"):
+    with pytest.raises(JobError, match=r"runs another engine than the job was begun with\.$"):
         run(spec, on_commit=lambda: deploy("r4b", thinking_tokens=31))
     with pytest.raises(SpecError, match=r'(?s)engine: was .*"thinking_tokens": 30.*now .*"thinking_tokens": 31'):
         run(spec)
