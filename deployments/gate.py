@@ -73,6 +73,8 @@ class GateSettings:
     served_paths: frozenset[str] = frozenset()
     """All that there is, beside what is below `open_paths`; empty: all that the app has."""
     counted_paths: frozenset[str] = frozenset(("/v1/chat/completions",))
+    tells_request_id: bool = True
+    """False where the server around the gate sends the header itself: twice, a client would read two ids."""
     hosts: frozenset[str] = frozenset()
     """The names by which clients may call the server; empty: any. Without keys they keep out other sites' pages."""
 
@@ -262,10 +264,10 @@ class _Exchange:
 
     def _outer_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """With ours in place of the app's, and none that opens the server to other sites' pages."""
-        ours = [self._request_id_header(), *SECURITY_HEADERS]
+        ours = [*([self._request_id_header()] if self._settings.tells_request_id else ()), *SECURITY_HEADERS]
         if self._is_api:
             ours.append((b"cache-control", b"no-store"))
-        names = {name for name, _ in ours}
+        names = {b"x-request-id", *(name for name, _ in ours)}
         kept = [(bytes(name).lower(), bytes(value)) for name, value in headers]
         return [*(one for one in kept if one[0] not in names and not one[0].startswith(b"access-control-")), *ours]
 

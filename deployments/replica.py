@@ -100,6 +100,7 @@ def gate_settings(settings: ServeSettings) -> GateSettings:
         retry_after_s=settings.scaling.retry_after_s,
         open_paths=frozenset(open_paths),
         served_paths=frozenset(served),
+        tells_request_id=False,  # Ray Serve's middleware does
         hosts=frozenset() if settings.auth.required else LOOPBACK_NAMES,
     )
 

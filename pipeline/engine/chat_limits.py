@@ -58,7 +58,7 @@ MAX_INTEGER = 2**63 - 1
 CONSTRAINTS = ("json", "json_object", "choice", "regex")
 """Of structured outputs. A grammar or structural tag can be of any cost, and none of it shows from outside."""
 MAX_PROPERTIES, MAX_COUNTED_PROPERTIES = 200, 32
-"""Of one object, without and with min- or maxProperties: 0.4 s each to compile, which grows with the square or faster."""
+"""Of one object, without and with min- or maxProperties: 0.4 s each to compile, growing with the square or faster."""
 MAX_REPEATS = 16
 """In one regex. Each multiplies the ways to read an answer: with R-4B's vocabulary 100 times `(.*)`, or one repeat
 inside another such as `(([a-z]*)*)*`, took over 20 s for one step of the engine, for everybody."""

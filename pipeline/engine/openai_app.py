@@ -11,18 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from vllm.config import StructuredOutputsConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.exceptions import GracefulHTTPError
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
-from pipeline.engine.chat_limits import ChatLimits, check_request
+from pipeline.engine.chat_limits import ChatLimits, check_json, check_request
 from pipeline.engine.media import MediaSettings, configure_media
 from pipeline.engine.online_llm import OnlineLLM
 from pipeline.engine.reasoning import R4BParser
@@ -90,8 +93,26 @@ async def build_openai_app(engine: VLLMEngine, settings: OpenAISettings) -> Fast
     chat.override_max_tokens = settings.limits.max_tokens
     chat.parser_cls = R4BParser.with_tags(engine.tags)
     app.state.openai_serving_chat = CheckedChat(chat, settings.limits)
+    app.dependency_overrides[validate_json_request] = _check_body
+    app.exception_handler(RequestValidationError)(_show_invalid)
     _trim_openapi(app)
     return app
+
+
+async def _check_body(raw_request: Request) -> None:
+    """In place of vLLM's check of the media type, which the gate makes: what runs before pydantic reads the body."""
+    check_json(await raw_request.json())
+
+
+async def _show_invalid(_: Request, error: Exception) -> JSONResponse:
+    """The first thing that is wrong; vLLM's own handler quotes what the client sent."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    where = ".".join(str(part) for part in first["loc"][1:] if "[" not in str(part))[:100]
+    message = f"{where or 'body'}: {cause if first['type'] == 'json_invalid' else first['msg']}"
+    body = {"message": message, "type": "BadRequestError", "param": where or None, "code": 400}
+    return JSONResponse({"error": body}, 400)
 
 
 def _arguments(engine: VLLMEngine, settings: OpenAISettings) -> Namespace:
@@ -122,6 +143,11 @@ class CheckedChat:
             return await self._chat.create_chat_completion(request, raw_request)
         except (EngineDeadError, EngineGenerateError) as error:
             raise GracefulHTTPError("The engine died; another one is being started.", UNAVAILABLE) from error
+        except GenerationError as error:
+            if request.response_format is None and request.structured_outputs is None:
+                raise
+            # xgrammar takes a schema that nothing can meet, and vLLM finds out at the first token
+            raise VLLMValidationError("No answer can keep to what the request asks of it.") from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._chat, name)
