@@ -23,8 +23,7 @@ COUNT, DESCRIBE = "How many shapes are there?", "Describe this image."
 SCENE = 34
 """Its six shapes the model counts by thinking in auto mode, and describes without."""
 LISTING = (
-    "Row 1: orange circle, red triangle. Row 2: red circle, orange square. Row 3: red square. "
-    "Row 4: orange square."
+    "Row 1: orange circle, red triangle. Row 2: red circle, orange square. Row 3: red square. Row 4: orange square."
 )
 COUNTING = (
     "Row 1: orange circle 1, red triangle 2. Row 2: red circle 3, orange square 4. Row 3: red square 5. "
@@ -147,7 +146,9 @@ def test_five_images_are_seen_in_their_order(client: openai.OpenAI) -> None:
         client.chat.completions.create(**greedy(DESCRIBE, "short", messages=[user(DESCRIBE, *order)]))
         for order in (seeds[:1], seeds, seeds[::-1])
     )
-    assert one.usage and forth.usage and back.usage
+    assert one.usage
+    assert forth.usage
+    assert back.usage
     assert forth.usage.prompt_tokens == back.usage.prompt_tokens > 4 * one.usage.prompt_tokens
     assert read(forth) != read(back)
 
@@ -160,7 +161,9 @@ def test_system_message_and_earlier_turns_are_part_of_the_prompt(client: openai.
     later = client.chat.completions.create(**greedy(messages=turns))
     assert read(with_system) == [Reply(COUNTING, "6", "stop")]
     assert read(later) == [Reply(None, LISTING, "stop")]
-    assert alone.usage and with_system.usage and later.usage
+    assert alone.usage
+    assert with_system.usage
+    assert later.usage
     assert min(with_system.usage.prompt_tokens, later.usage.prompt_tokens) > alone.usage.prompt_tokens
 
 
@@ -180,7 +183,9 @@ def test_stop_string_ends_the_answer_and_is_not_in_it(client: openai.OpenAI) -> 
 def test_logprobs_name_each_token_and_its_rivals(client: openai.OpenAI) -> None:
     completion = client.chat.completions.create(**greedy(DESCRIBE, "short", logprobs=True, top_logprobs=3))
     logprobs = completion.choices[0].logprobs
-    assert logprobs and logprobs.content and completion.usage
+    assert logprobs
+    assert logprobs.content
+    assert completion.usage
     assert len(logprobs.content) == completion.usage.completion_tokens
     text = b"".join(bytes(one.bytes or ()) for one in logprobs.content).decode()
     assert text.removesuffix("<|im_end|>").strip() == LISTING
@@ -227,7 +232,9 @@ def test_thinking_token_budget_ends_the_thought(client: openai.OpenAI) -> None:
     body = greedy(COUNT, "long", extra_body={"thinking_token_budget": 12})
     completion = client.chat.completions.create(**body)
     (reply,) = read(completion)
-    assert reply.reasoning and COUNTING.startswith(reply.reasoning) and reply.reasoning != COUNTING
+    assert reply.reasoning
+    assert COUNTING.startswith(reply.reasoning)
+    assert reply.reasoning != COUNTING
     assert reply.content
 
 
@@ -241,7 +248,8 @@ def test_max_tokens_within_a_thought_leaves_no_answer(client: openai.OpenAI, str
     else:
         completion = client.chat.completions.create(**body)
         (reply,), usage = read(completion), completion.usage
-    assert reply.reasoning and COUNTING.startswith(reply.reasoning)
+    assert reply.reasoning
+    assert COUNTING.startswith(reply.reasoning)
     assert (reply.content, reply.finish_reason) == (None, "length")
     assert usage.completion_tokens_details.reasoning_tokens == usage.completion_tokens == 10
 

@@ -102,7 +102,8 @@ def _is_unset(request: ChatCompletionRequest, name: str) -> bool:
 
 
 def _check_counts(request: ChatCompletionRequest, limits: ChatLimits) -> None:
-    asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    old_name = vars(request)["max_tokens"]  # as an attribute it warns that it is old, at each request
+    asked = request.max_completion_tokens if request.max_completion_tokens is not None else old_name
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     for name, value, limit in (
         ("max_tokens", asked or 0, limits.max_tokens),
@@ -267,7 +268,7 @@ def check_regex(pattern: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parsed = re._parser.parse(pattern)  # type: ignore[attr-defined]  # there is no other access to it
+            parsed = re._parser.parse(pattern)  # there is no other access to it
         num_repeats = _count_repeats(parsed)
     except (re.error, RecursionError, OverflowError):
         raise ConstraintError("a regex cannot be read") from None
@@ -285,7 +286,7 @@ def _count_repeats(node: Any) -> int:
         if inside and int(most) > 1:
             raise ConstraintError("a regex repeats what repeats already")
         return inside + 1
-    children = node if isinstance(node, (list, tuple, re._parser.SubPattern)) else ()  # type: ignore[attr-defined]
+    children = node if isinstance(node, (list, tuple, re._parser.SubPattern)) else ()
     return sum(_count_repeats(child) for child in children)
 
 

@@ -95,6 +95,7 @@ async def build_openai_app(engine: VLLMEngine, settings: OpenAISettings) -> Fast
     app.state.openai_serving_chat = CheckedChat(chat, settings.limits)
     app.dependency_overrides[validate_json_request] = _check_body
     app.exception_handler(RequestValidationError)(_show_invalid)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM built it already, with its own handler
     _trim_openapi(app)
     return app
 
