@@ -35,7 +35,7 @@ def start_ray(job: JobSpec) -> None:
     try:
         with silent_stderr():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+    except Exception as error:  # Ray raises plain ones too, where a node is too slow to start
         raise SpecError(f"{failure}: {' '.join(str(error).split())[:300]}") from error
     if options.get("address") == "local":
         check_gpus(job)
