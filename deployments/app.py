@@ -120,7 +120,8 @@ def serve_options(settings: ServeSettings) -> dict[str, Any]:
         }
     return {
         **size,
-        "max_ongoing_requests": settings.max_ongoing_requests + HEADROOM,
+        # rows of batch jobs come beside: they must not take the places of people's requests
+        "max_ongoing_requests": settings.max_ongoing_requests + settings.engine.max_num_seqs + HEADROOM,
         "max_queued_requests": settings.max_ongoing_requests,
         "backpressure_config": {"status_code": 503, "retry_after_s": scaling.retry_after_s},
         "graceful_shutdown_timeout_s": scaling.graceful_shutdown_timeout_s,

@@ -50,7 +50,7 @@ def test_serve_options_scale_by_real_numbers_from_max_num_seqs() -> None:
     settings = parse_settings({"engine": {"max_num_seqs": 64}, "scaling": {"max_replicas": 4}}, "x")
     options = serve_options(settings)
     assert options["autoscaling_config"]["target_ongoing_requests"] == 48
-    assert options["max_ongoing_requests"] == 128 + HEADROOM
+    assert options["max_ongoing_requests"] == 128 + 64 + HEADROOM
     assert options["max_queued_requests"] == 128
     assert options["backpressure_config"] == {"status_code": 503, "retry_after_s": 2}
 
