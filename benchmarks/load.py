@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import aiohttp
 
 
 @dataclass
@@ -58,12 +58,12 @@ class Load:
                 self.stopping.set()
                 await asyncio.gather(*tasks)
 
-    def _client(self, num_clients: int) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=num_clients, max_keepalive_connections=num_clients)
+    def _client(self, num_clients: int) -> aiohttp.ClientSession:
         headers = {"Authorization": f"Bearer {self.key}"}
-        return httpx.AsyncClient(base_url=self.url, headers=headers, limits=limits, timeout=300)
+        connector, timeout = aiohttp.TCPConnector(limit=num_clients), aiohttp.ClientTimeout(total=300)
+        return aiohttp.ClientSession(self.url, headers=headers, connector=connector, timeout=timeout)
 
-    async def _ask_on(self, client: httpx.AsyncClient, number: int, pause_s: float) -> None:
+    async def _ask_on(self, client: aiohttp.ClientSession, number: int, pause_s: float) -> None:
         await asyncio.sleep(number * 0.01)
         while not self.stopping.is_set():
             asked = Asked(time.monotonic())
@@ -76,36 +76,37 @@ class Load:
             if pause_s or asked.outcome != "answered":
                 await asyncio.sleep(pause_s or 0.1)
 
-    async def _ask(self, client: httpx.AsyncClient, asked: Asked) -> float:
+    async def _ask(self, client: aiohttp.ClientSession, asked: Asked) -> float:
         """Ask once; gives the seconds to wait before the next try."""
         wait_s = 1.0
         asked.outcome = asked.detail = ""
         try:
-            async with client.stream("POST", "/v1/chat/completions", json={**self.body, "stream": True}) as response:
-                if response.status_code != 200:
-                    asked.detail = (await response.aread()).decode(errors="replace")[:300]
-                    asked.outcome = str(response.status_code)
-                    asked.has_retry_after = "retry-after" in response.headers
-                    wait_s = float(response.headers.get("retry-after", 1))
+            async with client.post("/v1/chat/completions", json={**self.body, "stream": True}) as response:
+                if response.status != 200:
+                    asked.detail = (await response.text(errors="replace"))[:300]
+                    asked.outcome = str(response.status)
+                    asked.has_retry_after = "Retry-After" in response.headers
+                    wait_s = float(response.headers.get("Retry-After", 1))
                 else:
                     asked.outcome = await self._follow(response, asked)
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             asked.outcome = type(error).__name__
         asked.ended = time.monotonic()
         return wait_s
 
-    async def _follow(self, response: httpx.Response, asked: Asked) -> str:
-        async for line in response.aiter_lines():
-            if not line.startswith("data: "):
+    async def _follow(self, response: aiohttp.ClientResponse, asked: Asked) -> str:
+        is_done = False
+        async for line in response.content:
+            if not line.startswith(b"data: "):
                 continue
-            if line == "data: [DONE]":
-                return "cut" if asked.detail else "answered"
+            if is_done := line.strip() == b"data: [DONE]":
+                continue  # to the end: the connection can then be used again
             event = json.loads(line[6:])
             if "error" in event:
                 asked.detail = json.dumps(event)[:300]
             elif asked.first_token is None and _has_text(event):
                 asked.first_token = time.monotonic()
-        return "cut"
+        return "answered" if is_done and not asked.detail else "cut"
 
 
 def _has_text(event: dict[str, Any]) -> bool:
