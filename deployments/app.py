@@ -7,6 +7,7 @@ Not covered: routing and counting of replicas, which is Serve's; what one reques
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 from typing import Any
@@ -24,7 +25,7 @@ NAME = "r4b"
 HEADROOM = 32
 """Requests that a replica takes above its chat requests: health, metrics and models are answered when chat is full."""
 ENGINE_CHECK_S = 0.5
-FAREWELL_S = 1.0
+FAREWELL_S, MAX_FAREWELL_S = 1.0, 5.0
 """For the answers that say so to reach those who waited for an engine that died."""
 
 logger = logging.getLogger("ray.serve")
@@ -38,6 +39,7 @@ class R4B:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = parse_settings(settings, "the deployment's settings")
         self.engine: Any = None
+        self.gate: Any = None
         self.batch_rows = BatchRows(self.settings)
         self.deployed = describe_engine(self.settings.engine, self.settings.limits.max_prompt_tokens)
         self.identity = engine_identity(self.deployed.made_with)
@@ -47,7 +49,7 @@ class R4B:
         from deployments.replica import open_replica
 
         replica = await open_replica(self.settings, self.batch_rows)
-        self.engine = replica.engine
+        self.engine, self.gate = replica.engine, replica.app
         self.watching = asyncio.create_task(self.watch_engine())
         return replica.app
 
@@ -85,7 +87,12 @@ class R4B:
                 await self.engine.check_health()
             except EngineDiedError as error:
                 logger.error("%s This replica ends; Serve starts another.", error)
+                self.gate.close()
                 await asyncio.sleep(FAREWELL_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(MAX_FAREWELL_S):
+                        while not self.gate.is_idle:
+                            await asyncio.sleep(0.05)
                 os._exit(1)
 
     def __del__(self) -> None:

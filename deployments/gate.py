@@ -107,6 +107,7 @@ class Gate:
         self._num_running = 0
         self._num_by_key: Counter[str] = Counter()
         self._held_bytes = 0
+        self._is_closed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's entry point."""
@@ -117,6 +118,15 @@ class Gate:
         else:
             await send({"type": "websocket.close", "code": 1008})  # before it was accepted: HTTP 403
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request to a counted path runs."""
+        return self._num_running == 0
+
+    def close(self) -> None:
+        """Turn requests to counted paths away from now on: another replica will have to answer them."""
+        self._is_closed = True
+
     @contextmanager
     def admit(self, path: str, key_id: str | None) -> Iterator[None]:
         """Hold a place among those that run; raises RefusedError when there is none."""
@@ -124,6 +134,8 @@ class Gate:
             yield
             return
         retry, limit = {"Retry-After": str(self.settings.retry_after_s)}, self.settings.max_concurrent_per_key
+        if self._is_closed:
+            raise RefusedError(503, "This replica is being replaced; come again.", {**retry, "Connection": "close"})
         if key_id is not None and limit is not None and self._num_by_key[key_id] >= limit:
             raise RefusedError(429, f"This key has {limit} requests running, as many as it may; come again.", retry)
         if self._num_running >= self.settings.max_concurrent:
@@ -256,19 +268,21 @@ class _Exchange:
     async def _send_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._access.status = message["status"]
-            message = {**message, "headers": self._outer_headers(message.get("headers", ()))}
+            message = {**message, "headers": self._outer_headers(message["status"], message.get("headers", ()))}
         elif message["type"] == "http.response.body":
             self._access.count_out(len(message.get("body", b"")))
             self._is_answered = not message.get("more_body", False)
         await self._send(message)
 
-    def _outer_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    def _outer_headers(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """With ours in place of the app's, and none that opens the server to other sites' pages."""
         ours = [*([self._request_id_header()] if self._settings.tells_request_id else ()), *SECURITY_HEADERS]
         if self._is_api:
             ours.append((b"cache-control", b"no-store"))
         names = {b"x-request-id", *(name for name, _ in ours)}
         kept = [(bytes(name).lower(), bytes(value)) for name, value in headers]
+        if status == 503 and all(name != b"retry-after" for name, _ in kept):
+            ours.append((b"retry-after", str(self._settings.retry_after_s).encode()))
         return [*(one for one in kept if one[0] not in names and not one[0].startswith(b"access-control-")), *ours]
 
     async def _refuse(self, refused: RefusedError) -> None:

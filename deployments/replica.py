@@ -6,17 +6,15 @@ Imported by replicas only: it needs vLLM, which the machine that deploys may lac
 import logging
 import logging.handlers
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from starlette.responses import RedirectResponse
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from deployments.admission import BatchRows
 from deployments.gate import Gate, GateSettings
 from deployments.keys import KeyRing
 from deployments.metrics import ChoiceMetrics, show_metrics
+from deployments.pages import Pages
 from deployments.settings import RequestLimits, ServeSettings
 from pipeline.engine.chat_limits import ChatLimits
 from pipeline.engine.media import MediaSettings
@@ -32,7 +30,6 @@ from pipeline.remote import FetchLimits
 
 LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 """Without keys, a page of another site that has its name point here must not be served."""
-PLAYGROUND = Path(__file__).parent / "playground"
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Replica:
     """An engine, and the ASGI app that answers for it."""
 
     engine: VLLMEngine
-    app: Any
+    app: Gate
 
 
 async def open_replica(settings: ServeSettings, batch_rows: BatchRows) -> Replica:
@@ -51,7 +48,7 @@ async def open_replica(settings: ServeSettings, batch_rows: BatchRows) -> Replic
     app = await build_openai_app(engine, openai_settings(settings, engine))
     app.router.routes.insert(0, Route("/metrics", show_metrics))
     if settings.playground:
-        app.router.routes.insert(0, Mount("/playground", StaticFiles(directory=PLAYGROUND, html=True)))
+        app.router.routes.insert(0, Mount("/playground", Pages()))
         app.router.routes.insert(0, Route("/", lambda _: RedirectResponse("/playground/")))
     return Replica(engine, Gate(app, gate_settings(settings), keys, batch_rows))
 

@@ -33,6 +33,9 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # A replica that leaves stays reachable this long; HAProxy on the same machine learns of it within a second.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    # Where a replica ended without a word, and HAProxy still has the whole request, another one answers. Asking a model
+    # twice does no harm.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # On a machine that starts an engine meanwhile, 5 s are not always enough for HAProxy to come up.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",

@@ -12,23 +12,15 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Mount
-from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-import deployments
+from deployments.pages import Pages
 
-FOLDER = Path(deployments.__file__).parent / "playground"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-)
-"""The strictest Content-Security-Policy that the page works under."""
 DONE = b"data: [DONE]\n\n"
 PATIENCE_S = 60.0
 
@@ -120,26 +112,11 @@ async def read_body(receive: Receive) -> bytes:
             return body
 
 
-def with_policy(app: ASGIApp, policy: str) -> ASGIApp:
-    """Send this Content-Security-Policy with everything."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", policy.encode())]
-            await send(message)
-
-        await app(scope, receive, send_with_policy)
-
-    return answer
-
-
 @contextmanager
-def running_site(policy: str = POLICY) -> Iterator[Site]:
+def running_site() -> Iterator[Site]:
     """The page and its API on a free port of the loopback interface."""
     site = Site()
-    pages = StaticFiles(directory=FOLDER, html=True)
-    app = with_policy(Starlette(routes=[Mount("/playground", pages), Mount("/v1", site.api)]), policy)
+    app = Starlette(routes=[Mount("/playground", Pages()), Mount("/v1", site.api)])
     # no log: a connection that a test breaks is an error to uvicorn
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:

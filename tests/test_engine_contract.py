@@ -98,6 +98,22 @@ def test_generate_cut_answer_is_kept_with_length(engine: RunningEngine) -> None:
     assert generation.answer_tokens == generation.completion_tokens == 4
 
 
+def test_generate_stop_string_is_in_neither_text(real_engine: RunningEngine) -> None:
+    """Also in a thought, which then has no answer. The tokens stay, and vLLM's text alone says where it stopped."""
+    (whole,) = real_engine.generate(question(COUNT, scene_image(3), mode="long"))
+    assert whole.reasoning is not None
+    assert whole.answer is not None
+    word = whole.reasoning.split()[3]
+    (stopped,) = real_engine.generate(question(COUNT, scene_image(3), mode="long", stop=[word]))
+    assert (stopped.reasoning, stopped.answer) == (whole.reasoning.partition(word)[0].rstrip(), None)
+    assert (stopped.finish_reason, stopped.thinking_truncated) == ("stop", True)
+    (direct,) = real_engine.generate(question("Describe this image.", scene_image(3), mode="short"))
+    assert direct.answer is not None
+    word = direct.answer.split()[3]
+    (stopped,) = real_engine.generate(question("Describe this image.", scene_image(3), mode="short", stop=[word]))
+    assert (stopped.reasoning, stopped.answer) == (None, direct.answer.partition(word)[0].rstrip())
+
+
 def test_generate_image_tokens_grow_with_images(engine: RunningEngine) -> None:
     images = [scene_image(seed) for seed in range(MAX_IMAGES)]
     none, one, five = engine.generate(

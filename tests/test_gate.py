@@ -23,6 +23,7 @@ import uvicorn
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments.gate import Gate, GateSettings
+from deployments.heads import Headers
 from deployments.keys import ENVIRONMENT, KeyRing
 
 KEY, OTHER_KEY = "a-key-for-the-tests-1", "a-key-for-the-tests-2"
@@ -437,6 +438,36 @@ def post(client: httpx.AsyncClient, body: bytes, key: str = KEY) -> Coroutine[An
 def is_idle(gate: Gate) -> bool:
     """Nothing is counted any more."""
     return (gate._num_running, dict(gate._num_by_key), gate._held_bytes) == (0, {}, 0)
+
+
+def test_closed_gate_sends_new_requests_elsewhere_and_lets_those_inside_end(app: App, keys: KeyRing) -> None:
+    gate = Gate(app, GateSettings(retry_after_s=3), keys)
+
+    async def run() -> None:
+        async with client_of(gate) as client:
+            held = asyncio.ensure_future(post(client, b"hold"))
+            await until(lambda: len(app.bodies) == 1)
+            gate.close()
+            refused = await post(client, b"echo")
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "3")
+            assert refused.headers["connection"] == "close"
+            assert (await client.get("/v1/models", headers=KEYED)).status_code == 200
+            assert not gate.is_idle
+            app.go.release(1)
+            assert (await held).status_code == 200
+            assert gate.is_idle
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("given", "told"), [([], "3"), ([(b"Retry-After", b"9")], "9")])
+def test_gate_says_when_to_come_again_where_the_app_is_unavailable(given: Headers, told: str) -> None:
+    async def unavailable(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 503, "headers": given})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    response = ask(Gate(unavailable, GateSettings(retry_after_s=3)), "GET", "/v1/models")
+    assert (response.status_code, response.headers.get_list("retry-after")) == (503, [told])
 
 
 def test_gate_limits_the_requests_of_a_key(app: App, keys: KeyRing) -> None:

@@ -750,9 +750,12 @@ def test_text_from_outside_is_never_markup(page: Page, site: Site) -> None:
     assert page.locator("article script, article img[src=x]").count() == 0
 
 
-def test_policy_keeps_the_page_from_markup_even_without_the_servers_header(browser: Browser) -> None:
+def test_policy_keeps_the_page_from_markup_and_other_sites_from_the_page(browser: Browser) -> None:
     excused = "This document requires 'TrustedHTML'"
-    with running_site("img-src *") as site, visiting(browser, site.base_url, excused) as page:
+    with running_site() as site, visiting(browser, site.base_url, excused) as page:
+        policy = page.request.get(f"{site.base_url}/playground/").headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
         open_page(page)
         error = page.evaluate("try { document.body.innerHTML = '<b>x</b>'; null } catch (error) { error.name }")
         assert error == "TypeError"

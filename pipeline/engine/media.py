@@ -13,6 +13,7 @@ images a request may have.
 import asyncio
 import atexit
 import contextlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -70,6 +71,7 @@ class _Intake:
 
     def __init__(self, settings: MediaSettings, decode: Decode) -> None:
         self._settings = settings
+        self._is_closed = False
         images, tiling, memory = settings.images, settings.tiling, settings.decode_memory_bytes
         quick_s, num_slow = min(QUICK_S, settings.decode_timeout_s), max(1, settings.num_processes // 2)
         self._quick = ImageSandbox(images, SandboxLimits(quick_s, memory, settings.num_processes), tiling, decode)
@@ -93,14 +95,23 @@ class _Intake:
 
     async def open(self, url: str) -> Image.Image:
         """The picture; raises SampleError."""
-        run = asyncio.get_running_loop().run_in_executor
-        source = await run(self._fetch_threads, self._fetch, url) if self._is_remote(url) else url
+        source = await self._run(self._fetch_threads, self._fetch, url) if self._is_remote(url) else url
         try:
-            return await run(self._quick_threads, self._decode, self._quick, source)
+            picture: Image.Image = await self._run(self._quick_threads, self._decode, self._quick, source)
         except SampleError as error:
             if error.error_type != "image_decoder_timeout":
                 raise
-        return await run(self._slow_threads, self._decode, self._slow, source)
+            picture = await self._run(self._slow_threads, self._decode, self._slow, source)
+        return picture
+
+    async def _run(self, threads: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+        """In a thread; what comes after `close` is called off like what waits for it."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
+        except RuntimeError:
+            if self._is_closed:
+                raise asyncio.CancelledError from None
+            raise
 
     def open_blocking(self, url: str) -> Image.Image:
         """As `open`, in the caller's thread."""
@@ -135,6 +146,7 @@ class _Intake:
 
     def close(self) -> None:
         """Call off what waits, end what is being fetched, and the processes once they have answered."""
+        self._is_closed = True
         pools = (self._quick_threads, self._slow_threads, self._fetch_threads)
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,18 +1,29 @@
 """The AsyncLLM behind HTTP: vLLM's own, which also tells of each completion and keeps the grammar out of the thought.
 
+A request that meets a dead engine is told to come again, also in the middle of its stream.
+
 Not covered: requests that end before their first token.
 """
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 OnFinished = Callable[[Sequence[int], Sequence[int], str], None]
 """Takes the prompt's token ids, the completion's, and its finish_reason."""
+
+
+class EngineGoneError(GracefulHTTPError):  # type: ignore[misc]  # vLLM has no types
+    """HTTP 503. vLLM's EngineDeadError would be a 500 that sends the client to a stack trace."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine died; another one is being started.", HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class OnlineLLM(AsyncLLM):  # type: ignore[misc]  # vLLM has no types
@@ -24,8 +35,20 @@ class OnlineLLM(AsyncLLM):  # type: ignore[misc]  # vLLM has no types
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's; raises VLLMValidationError for a prompt above `max_prompt_tokens`."""
+        """As vLLM's; raises VLLMValidationError for a prompt above `max_prompt_tokens`, EngineGoneError."""
         self._check_length(prompt)
+        outputs = self._generate(prompt, sampling_params, request_id, options)
+        try:
+            async for output in outputs:
+                yield output
+        except EngineDeadError as error:
+            raise EngineGoneError from error
+        finally:
+            await outputs.aclose()  # or vLLM would learn late that the client has gone
+
+    async def _generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, options: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
         # vLLM says True here where the client wants no reasoning shown, which would put the thought under the grammar.
         options["reasoning_ended"] = None
         is_delta = sampling_params.output_kind == RequestOutputKind.DELTA

@@ -20,14 +20,14 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from pipeline.engine.chat_limits import ChatLimits, check_json, check_request
 from pipeline.engine.media import MediaSettings, configure_media
-from pipeline.engine.online_llm import OnlineLLM
+from pipeline.engine.online_llm import EngineGoneError, OnlineLLM
 from pipeline.engine.reasoning import R4BParser
 from pipeline.engine.vllm_engine import VLLMEngine
 from pipeline.records import Mode
@@ -35,7 +35,6 @@ from pipeline.spec import EngineSpec
 
 SERVED_PATHS = ("/v1/chat/completions", "/v1/models", "/health", "/version")
 TASKS: Any = ("generate",)
-UNAVAILABLE: Any = 503
 
 ONLINE_ARGS: dict[str, Any] = {
     "reasoning_parser": "r4b",
@@ -74,7 +73,7 @@ async def start_online_engine(
     engine = await VLLMEngine.start(online, OnlineLLM, [RayPrometheusStatLogger])
 
     def finish(prompt_ids: Sequence[int], token_ids: Sequence[int], finish_reason: str) -> None:
-        thought, _, mode = engine.split(prompt_ids, token_ids)
+        thought, mode = engine.split(prompt_ids, token_ids)
         on_finished(FinishedChoice(mode, finish_reason, len(thought.reasoning_ids), len(thought.answer_ids or ())))
 
     llm: Any = engine.llm
@@ -142,8 +141,8 @@ class CheckedChat:
         check_request(request, self._limits)
         try:
             return await self._chat.create_chat_completion(request, raw_request)
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise GracefulHTTPError("The engine died; another one is being started.", UNAVAILABLE) from error
+        except EngineDeadError as error:  # it was dead before the request came
+            raise EngineGoneError from error
         except GenerationError as error:
             if request.response_format is None and request.structured_outputs is None:
                 raise

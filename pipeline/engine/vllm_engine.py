@@ -7,6 +7,7 @@ Not covered: HTTP, and restarting: an engine that died stays dead.
 import asyncio
 import copy
 import dataclasses
+import math
 import os
 import time
 import uuid
@@ -30,15 +31,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from pipeline.engine.contract import MAX_IMAGES, EngineRequest
+from pipeline.engine.online_llm import EngineGoneError
+from pipeline.engine.thought_text import Reading, prompt_to_tail, read_whole
 from pipeline.errors import EngineDiedError, JobError, SampleError
 from pipeline.images import open_fitted
 from pipeline.records import Generation, Mode
 from pipeline.spec import EngineSpec, SamplingSpec
 from pipeline.thinking import CLOSE_TAG, OPEN_TAG, Tags, Thought, mode_of, split_thought
 from pipeline.tiling import tiling_of_config
-
-TAIL_TOKENS = 16
-"""Enough of the rendered prompt's end to see how the generation prompt leaves the thought."""
 
 DEFAULT_ARGS: dict[str, Any] = {
     "limit_mm_per_prompt": {"image": MAX_IMAGES},
@@ -122,7 +122,7 @@ class VLLMEngine:
             (final,) = [output async for output in outputs]  # FINAL_ONLY: there is one
         except VLLMClientError as error:
             raise _to_sample_error(error) from error
-        except (EngineDeadError, EngineGenerateError) as error:
+        except (EngineDeadError, EngineGoneError, EngineGenerateError) as error:
             raise EngineDiedError(f"The engine died: {_one_line(error)}") from error
         placeholders = prompt.get("mm_placeholders", {}).get("image", ())
         return final, sum(place.get_num_embeds() for place in placeholders)
@@ -156,15 +156,13 @@ class VLLMEngine:
     def _to_generation(self, output: RequestOutput, image_tokens: int, latency_s: float) -> Generation:
         completion = output.outputs[0]
         prompt_ids = output.prompt_token_ids or []
-        thought, reasoning, mode = self.split(prompt_ids, completion.token_ids)
-        answer = None if thought.answer_ids is None else self._decode(thought.answer_ids)
-        if answer is not None and isinstance(completion.stop_reason, str):
-            answer = answer.partition(completion.stop_reason)[0].rstrip()
-        if not answer and completion.finish_reason == "length":
-            answer = None  # cut between the thought and the answer's first word
+        thought, mode = self.split(prompt_ids, completion.token_ids)
+        # vLLM's text ends before a stop string, which its tokens hold
+        num_chars = len(completion.text) if isinstance(completion.stop_reason, str) else math.inf
+        reasoning, answer = read_whole(self._reading(prompt_ids), completion.token_ids, num_chars)
         return Generation(
             mode_chosen=mode,
-            reasoning=reasoning if mode == "thinking" else None,
+            reasoning=reasoning,
             answer=answer,
             finish_reason=str(completion.finish_reason),
             thinking_truncated=thought.answer_ids is None,
@@ -176,15 +174,16 @@ class VLLMEngine:
             latency_s=latency_s,
         )
 
-    def split(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> tuple[Thought, str, Mode]:
-        """A completion's thought, its text, and the mode that this makes."""
-        tail = self._tokenizer.decode(list(prompt_ids[-TAIL_TOKENS:]))
-        thought = split_thought(tail, token_ids, self.tags)
-        reasoning = self._decode(thought.reasoning_ids)
-        return thought, reasoning, mode_of(thought, reasoning)
+    def split(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> tuple[Thought, Mode]:
+        """A completion's thought and answer as tokens, and the mode that this makes."""
+        thought = split_thought(prompt_to_tail(prompt_ids, self.tags), token_ids, self.tags)
+        return thought, mode_of(thought, self._decode(thought.reasoning_ids))
+
+    def _reading(self, prompt_ids: Sequence[int]) -> Reading:
+        return Reading(self.tags, self._decode, prompt_to_tail(prompt_ids, self.tags))
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     async def check_health(self) -> None:
         """Raise EngineDiedError once the engine's processes are gone."""
