@@ -39,6 +39,8 @@ SERVE_ENVIRONMENT = {
     # On a machine that starts an engine meanwhile, 5 s are not always enough for HAProxy to come up.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    # Ten looks a second at what has to be done are a twentieth of a core, here shared with an engine.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_worker_niceness": "0",  # at Ray's 15 anything else on the machine starves the engine
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ core writes to our terminal
 }

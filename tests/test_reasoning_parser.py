@@ -28,7 +28,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from jobs.demo import CHECKPOINT
 from pipeline.engine.plugin import register
-from pipeline.engine.reasoning import R4BParser, R4BReasoningParser, find_tags
+from pipeline.engine.reasoning import R4BParser, R4BReasoningParser, decoder_of, find_tags
 from pipeline.engine.thought_text import MAX_UNFINISHED, Reading, ThoughtStream, prompt_to_tail
 from pipeline.thinking import OPEN_TAG, mode_of, split_thought
 
@@ -170,6 +170,15 @@ def to_sizes(chunking: str) -> Iterator[int]:
     rng = random.Random(chunking)
     while True:
         yield {ONE_BY_ONE: 1, "all at once": 10**6}.get(chunking) or rng.randint(1, 5)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_decoder_gives_what_the_tokenizer_does(skip: bool) -> None:
+    decode = decoder_of(TOKENIZER, skip)
+    rng = random.Random(3)
+    for _ in range(200):
+        ids = [rng.randrange(len(TOKENIZER)) for _ in range(rng.randint(0, 6))]
+        assert decode(ids) == TOKENIZER.decode(ids, skip_special_tokens=skip)
 
 
 def exact_parser(mode: str, tokenizer: Any = TOKENIZER) -> Any:

@@ -7,7 +7,7 @@ Not covered: tool calls, which R-4B does not make, and vLLM's Responses API.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -24,6 +24,17 @@ def find_tags(tokenizer: Any) -> Tags:
     if None in (open_id, close_id) or tokenizer.unk_token_id in (open_id, close_id):
         raise ValueError(f"The model has no {OPEN_TAG} and {CLOSE_TAG} tokens: it does not mark its thoughts.")
     return Tags(open_id, close_id, frozenset({tokenizer.eos_token_id} - {None}))
+
+
+def decoder_of(tokenizer: Any, skip_special_tokens: bool = True) -> Callable[[Sequence[int]], str]:
+    """The tokenizer's `decode`, without what vLLM and transformers put around it.
+
+    That is 1.5 microseconds for one token instead of 20, which were a sixth of what a replica's event loop did.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+    return lambda token_ids: str(backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
 
 class R4BReasoningParser(ReasoningParser):  # type: ignore[misc]  # vLLM has no types
@@ -172,10 +183,9 @@ class R4BParser(DelegatingParser):  # type: ignore[misc]  # vLLM has no types
         return len(split_thought(self._tail, token_ids, self.tags).reasoning_ids)
 
     def _reading(self, request: Any) -> Reading:
-        skip = getattr(request, "skip_special_tokens", True)
         return Reading(
             self.tags,
-            lambda token_ids: str(self.model_tokenizer.decode(list(token_ids), skip_special_tokens=skip)),
+            decoder_of(self.model_tokenizer, getattr(request, "skip_special_tokens", True)),
             self._tail,
             keep_lead=getattr(request, "continue_final_message", False),
         )
