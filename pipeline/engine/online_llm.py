@@ -1,7 +1,6 @@
 """The AsyncLLM behind HTTP: vLLM's own, which also tells of each completion and keeps the grammar out of the thought.
 
 A request that meets a dead engine is told to come again, also in the middle of its stream.
-
 Not covered: requests that end before their first token.
 """
 

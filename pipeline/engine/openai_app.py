@@ -22,7 +22,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from pipeline.engine.chat_limits import ChatLimits, check_json, check_request
@@ -141,7 +141,7 @@ class CheckedChat:
         check_request(request, self._limits)
         try:
             return await self._chat.create_chat_completion(request, raw_request)
-        except EngineDeadError as error:  # it was dead before the request came
+        except (EngineDeadError, EngineGenerateError) as error:  # for these vLLM's handler would end its own server
             raise EngineGoneError from error
         except GenerationError as error:
             if request.response_format is None and request.structured_outputs is None:
