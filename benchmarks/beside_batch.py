@@ -45,7 +45,7 @@ def run_job(folder: Path) -> float:
     started = time.monotonic()
     run = subprocess.run([R4B, "run", str(folder / "job.yaml")], capture_output=True, text=True, check=False)
     if run.returncode != 0:
-        raise SystemExit(f"The job failed:\n{run.stderr[-3000:]}")
+        raise RuntimeError(f"The job failed:\n{run.stderr[-3000:]}")
     return time.monotonic() - started
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 
 from jobs.demo import CHECKPOINT, CPU_ENGINE_ARGS
+from pipeline.engine.vllm_engine import IN_ENGINE_CORE
 from pipeline.scenes import draw_scene, make_scene
 from tests.running import kill_tree
 from tests.serving import KEY, free_port, serving, small_settings
@@ -75,7 +76,7 @@ def vllm_server(threads: str) -> Iterator[Server]:
         *("--kv-cache-memory-bytes", str(CPU_ENGINE_ARGS["kv_cache_memory_bytes"])),
         *("--max-num-seqs", str(SEQUENCES), "--limit-mm-per-prompt", '{"image": 5}', "--generation-config", "vllm"),
         *("--mm-processor-cache-gb", "1", "--reasoning-parser", "r4b", "--scheduling-policy", "priority"),
-        *("--disable-uvicorn-access-log", "--api-key", KEY),
+        *("--distributed-executor-backend", IN_ENGINE_CORE, "--disable-uvicorn-access-log", "--api-key", KEY),
     ]
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     process = subprocess.Popen(

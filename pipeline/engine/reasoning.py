@@ -8,6 +8,7 @@ Not covered: tool calls, which R-4B does not make, and vLLM's Responses API.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -18,8 +19,9 @@ from pipeline.engine.thought_text import Reading, ThoughtStream, leaves_open, pr
 from pipeline.thinking import CLOSE_TAG, OPEN_TAG, Tags, opens_thought, split_thought
 
 
+@lru_cache(maxsize=8)
 def find_tags(tokenizer: Any) -> Tags:
-    """The tags as this tokenizer has them; raises ValueError when they are not one token each."""
+    """The tags as this tokenizer has them; raises ValueError when they are not one token each. Not asked twice."""
     open_id, close_id = (tokenizer.convert_tokens_to_ids(tag) for tag in (OPEN_TAG, CLOSE_TAG))
     if None in (open_id, close_id) or tokenizer.unk_token_id in (open_id, close_id):
         raise ValueError(f"The model has no {OPEN_TAG} and {CLOSE_TAG} tokens: it does not mark its thoughts.")

@@ -25,6 +25,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -48,6 +49,12 @@ DEFAULT_ARGS: dict[str, Any] = {
     "mm_processor_cache_gb": 1,
 }
 
+IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""vLLM's executor for one device, by its class: on a CPU the name `uni` is taken for `mp`, a second process, which vLLM
+needs for binding threads to cores. The two spin while they wait for each other: 70 ms of processor time for an answer
+of 40 tokens of the small checkpoint, 45 in one process, which also starts 15 s sooner (two cores).
+"""
+
 
 def engine_arg_names() -> frozenset[str]:
     """What `engine.args` may hold."""
@@ -65,7 +72,10 @@ def spec_to_args(spec: EngineSpec) -> AsyncEngineArgs:
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_num_seqs,
     }
-    return AsyncEngineArgs(**{**DEFAULT_ARGS, **spec.args, **own})
+    by_platform = {}
+    if current_platform.is_cpu() and spec.tensor_parallel_size == spec.args.get("pipeline_parallel_size", 1) == 1:
+        by_platform["distributed_executor_backend"] = IN_ENGINE_CORE
+    return AsyncEngineArgs(**{**DEFAULT_ARGS, **by_platform, **spec.args, **own})
 
 
 class VLLMEngine:
