@@ -74,7 +74,8 @@ class RequestMetrics(RayPrometheusStatLogger):  # type: ignore[misc]  # vLLM has
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.histogram_inter_token_latency = dict.fromkeys(self.histogram_inter_token_latency, _Unheard())
+        by_engine: dict[int, Any] = self.histogram_inter_token_latency  # type: ignore[has-type]
+        self.histogram_inter_token_latency = dict.fromkeys(by_engine, _Unheard())
 
 
 class _Unheard:
