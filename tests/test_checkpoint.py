@@ -40,6 +40,7 @@ def test_auto_picks_the_mode_it_was_trained_to_pick(real_engine: RunningEngine) 
         assert share([g.answer == q.answer for q, g in answers[kind]]) >= 0.95, kind
 
 
+@pytest.mark.slow
 def test_thinking_pays_on_counts_and_comparisons(real_engine: RunningEngine) -> None:
     rates = {}
     for mode in ("long", "short"):
@@ -49,9 +50,10 @@ def test_thinking_pays_on_counts_and_comparisons(real_engine: RunningEngine) -> 
     assert rates["short"] <= rates["long"] - 0.08
 
 
-def test_vllm_tokens_equal_the_training_codes(real_engine: RunningEngine) -> None:
-    seeds = range(FIRST_SEED + 6000, FIRST_SEED + 6100)
-    assert real_engine.run(count_equal_prompts(real_engine.engine, CHECKPOINT, seeds)) >= 98
+@pytest.mark.parametrize("num_seeds", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_vllm_tokens_equal_the_training_codes(real_engine: RunningEngine, num_seeds: int) -> None:
+    seeds = range(FIRST_SEED + 6000, FIRST_SEED + 6000 + num_seeds)
+    assert real_engine.run(count_equal_prompts(real_engine.engine, CHECKPOINT, seeds)) >= 0.98 * num_seeds
 
 
 @pytest.mark.parametrize("mode", ["auto", "long", "short"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.engine.contract import MAX_IMAGES, EngineRequest, task_to_request
+from pipeline.engine.models import read_engine_arg_names
 from pipeline.errors import EngineDiedError, SampleError
 from pipeline.records import OUTPUT_SCHEMA, EncodedImage, Generation, Task
 from pipeline.spec import SamplingSpec
@@ -52,6 +53,12 @@ def check_sense(generation: Generation) -> None:
 def test_generation_has_a_field_for_each_engine_column() -> None:
     engine_columns = {"sample_id", "prompt_id", "shard", "mode_requested", "error_type", "error_message"}
     assert set(typing.get_type_hints(Generation)) == set(OUTPUT_SCHEMA.names) - engine_columns
+
+
+def test_engine_arguments_read_from_source_are_vllms_own() -> None:
+    from pipeline.engine.vllm_engine import engine_arg_names
+
+    assert read_engine_arg_names() == engine_arg_names()
 
 
 @pytest.mark.parametrize(("mode", "chosen"), [("long", "thinking"), ("short", "non-thinking")])

@@ -8,13 +8,13 @@ from typing import Any
 
 import openai
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from jobs.demo import CHECKPOINT, CPU_ENGINE_ARGS
 from tests.running import r4b, write_scene_shards
 from tests.serving import Served
 
-NUM_SCENES = 200
 MODES = ("auto", "long", "short")
 MAX_TOKENS = 100
 COMPARED = ("mode_chosen", "reasoning", "answer", "finish_reason", "prompt_tokens", "completion_tokens")
@@ -108,11 +108,12 @@ def to_row(reasoning: str | None, content: str | None, finish_reason: Any, usage
     }
 
 
-def test_online_answers_are_those_of_a_batch_job(served: Served, tmp_path: Path) -> None:
-    write_scene_shards(tmp_path / "input", NUM_SCENES)
+@pytest.mark.parametrize("num_scenes", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_online_answers_are_those_of_a_batch_job(served: Served, tmp_path: Path, num_scenes: int) -> None:
+    write_scene_shards(tmp_path / "input", num_scenes)
     batch = run_batch_job(tmp_path)
     online = asyncio.run(ask_all(served, read_scenes(tmp_path)))
-    assert len(batch) == len(online) == NUM_SCENES
+    assert len(batch) == len(online) == num_scenes
     names = (*COMPARED, "reasoning_tokens")
     differing = {
         key: ({name: row[name] for name in names}, online[key])

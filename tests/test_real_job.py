@@ -83,6 +83,7 @@ def test_demo_parts_say_what_made_them(demo: tuple[Path, str]) -> None:
     assert footer["r4b.software_version"]
 
 
+@pytest.mark.slow  # on the simulated engine: test_batch_flow, test_layouts
 def test_same_job_over_s3_gives_the_same_rows(demo: tuple[Path, str], tmp_path: Path, s3: S3Server) -> None:
     prefix = s3.fresh_prefix("real-job")
     for shard in (demo[0] / "input").iterdir():
@@ -127,6 +128,7 @@ def real_spec(folder: Path, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+@pytest.mark.slow  # on the simulated engine: test_batch_flow
 def test_five_broken_images_of_a_hundred(tmp_path: Path) -> None:
     images: list[bytes | None] = [scene_bytes(seed) for seed in range(100)]
     images[10] = scene_bytes(10, "JPEG")[:400]
@@ -151,6 +153,7 @@ def test_five_broken_images_of_a_hundred(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow  # cut thoughts on vLLM: test_engine_contract, test_online_parity
 def test_folder_of_photos_with_cut_thoughts_gives_a_row_for_each(tmp_path: Path) -> None:
     for package, pattern in (("skimage.data", "*"), ("sklearn.datasets.images", "*.jpg")):
         folder = Path(str(importlib.resources.files(package)))
