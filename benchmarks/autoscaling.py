@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--from-zero", action="store_true")
     options = parser.parse_args()
     low, port = (0 if options.from_zero else 1), free_port()
-    with tempfile.TemporaryDirectory() as folder, local_serve(HOST, port, num_gpus=GPUS):
+    with tempfile.TemporaryDirectory() as folder, local_serve(HOST, port, num_gpus=GPUS, num_cpus=2 * GPUS):
         deploy(settings(Path(folder), low), HOST, port)
         timeline = Timeline()
         try:
