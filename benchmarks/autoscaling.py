@@ -51,8 +51,8 @@ class Timeline:
 
     @property
     def running(self) -> int:
-        """Replicas that answer now."""
-        return self.points[-1][1] if self.points else 0
+        """Replicas that answer now; -1 before the first look."""
+        return self.points[-1][1] if self.points else -1
 
     def stop(self) -> None:
         self._done.set()
