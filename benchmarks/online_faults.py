@@ -44,21 +44,29 @@ def num_running() -> int:
 
 def kill_one_engine() -> None:
     """SIGKILL an engine's core process; returns when there are two replicas again."""
-    engines = [process for process in psutil.Process().children(recursive=True) if "EngineCore" in process.name()]
+    engines = find_engines()
     if len(engines) != 2:
-        raise SystemExit(f"There are {len(engines)} engines, not two: {engines}")
+        raise RuntimeError(f"There are {len(engines)} engines, not two: {engines}")
     time.sleep(3)
     engines[0].kill()
     print(f"killed the engine of one of {num_running()} replicas", flush=True)
-    for _ in range(240):
+    started, told = time.monotonic(), ""
+    while (seconds := time.monotonic() - started) < 240:
         time.sleep(1)
-        alive = [process for process in psutil.Process().children(recursive=True) if "EngineCore" in process.name()]
+        alive = find_engines()
+        if (state := f"{num_running()} replicas run, {len(alive)} engines live") != told:
+            print(f"{seconds:6.0f} s  {state}", flush=True)
+            told = state
         if num_running() == 2 and len(alive) == 2 and engines[0] not in alive:
             break
     else:
-        raise SystemExit("The replica was not replaced.")
-    print("two replicas again", flush=True)
+        raise RuntimeError("The replica was not replaced.")
     time.sleep(3)
+
+
+def find_engines() -> list[psutil.Process]:
+    """The engines' core processes, below this one."""
+    return [process for process in psutil.Process().children(recursive=True) if "EngineCore" in process.name()]
 
 
 async def ask_during(url: str, task: Callable[[], None], clients: int) -> tuple[list[Asked], list[Asked]]:
