@@ -15,7 +15,7 @@ demo: install  ## Annotate 300 drawn scenes with the small checkpoint, on this C
 test: install  ## All tests but the slow ones
 	$(BIN)/python -m pytest
 
-test-slow: install  ## The full-size R-4B shape (about 12 GB of memory), kills on vLLM: ten minutes
+test-slow: install  ## The full-size R-4B shape (about 12 GB of memory), whole jobs and kills on vLLM: most of an hour
 	$(BIN)/python -m pytest -m slow
 
 check: install  ## Lint, format and types
