@@ -16,7 +16,7 @@ from pipeline.engine.models import read_engine_arg_names
 from pipeline.errors import EngineDiedError, SampleError
 from pipeline.records import OUTPUT_SCHEMA, EncodedImage, Generation, Task
 from pipeline.spec import SamplingSpec
-from tests.engines import SIMULATED_SPEC, RunningEngine, question, running_engine, scene_image
+from tests.engines import REAL_SPEC, SIMULATED_SPEC, RunningEngine, question, running_engine, scene_image
 
 COUNT = "How many shapes are there?"
 
@@ -59,6 +59,14 @@ def test_engine_arguments_read_from_source_are_vllms_own() -> None:
     from pipeline.engine.vllm_engine import engine_arg_names
 
     assert read_engine_arg_names() == engine_arg_names()
+
+
+def test_engine_on_a_cpu_is_one_process_unless_the_spec_says_otherwise() -> None:
+    from pipeline.engine.vllm_engine import IN_ENGINE_CORE, spec_to_args
+
+    assert spec_to_args(REAL_SPEC).distributed_executor_backend == IN_ENGINE_CORE
+    args = {**REAL_SPEC.args, "distributed_executor_backend": "mp"}
+    assert spec_to_args(REAL_SPEC.model_copy(update={"args": args})).distributed_executor_backend == "mp"
 
 
 @pytest.mark.parametrize(("mode", "chosen"), [("long", "thinking"), ("short", "non-thinking")])

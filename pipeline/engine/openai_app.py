@@ -68,8 +68,8 @@ class FinishedChoice:
 class RequestMetrics(RayPrometheusStatLogger):  # type: ignore[misc]  # vLLM has no types
     """vLLM's figures, in Ray, but for the one that has a value for each token.
 
-    Ray's agent writes every value of a histogram anew, 0.1 ms of the node's processor time: a few thousand tokens a
-    second would take all of a core. `request_time_per_output_token_seconds` tells of the same, once a request.
+    Ray's metrics process writes every value of a histogram anew, 0.1 ms each: ten thousand tokens a second would take
+    all of a core. `request_time_per_output_token_seconds` tells of the same, once a request.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
