@@ -8,6 +8,7 @@ import asyncio
 import base64
 import json
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
+from prometheus_client.parser import text_string_to_metric_families as read_metrics
 
 from tests.engines import scene_image
 from tests.serving import Served
@@ -252,6 +254,35 @@ def test_max_tokens_within_a_thought_leaves_no_answer(client: openai.OpenAI, str
     assert COUNTING.startswith(reply.reasoning)
     assert (reply.content, reply.finish_reason) == (None, "length")
     assert usage.completion_tokens_details.reasoning_tokens == usage.completion_tokens == 10
+
+
+def test_metrics_are_vllms_serves_and_of_modes(served: Served, client: openai.OpenAI) -> None:
+    cut = {"mode": "thinking", "finish_reason": "length"}
+    client.chat.completions.create(**greedy(mode="long", max_tokens=10))
+    deadline = time.monotonic() + 60
+    while (sums := metric_sums(served, cut)).get("ray_r4b_choices_total", 0) < 1:  # Ray passes them on now and then
+        assert time.monotonic() < deadline, sums
+        time.sleep(1)
+    assert sums["ray_r4b_reasoning_tokens_total"] >= 10
+    assert "ray_r4b_answer_tokens_total" not in sums
+    every = metric_sums(served, {})
+    assert every["ray_vllm_request_success_total"] >= sums["ray_r4b_choices_total"]
+    assert every["ray_serve_num_http_requests_total"] >= 1
+    # one value for each token costs Ray too much (RequestMetrics); this one is of each request
+    assert every["ray_vllm_request_time_per_output_token_seconds_count"] >= 1
+    assert not any("inter_token" in name for name in every)
+
+
+def metric_sums(served: Served, labels: dict[str, str]) -> dict[str, float]:
+    """Each series of /metrics that has these labels, added up by name."""
+    status, _, body = served.request("/metrics")
+    assert status == 200
+    sums: dict[str, float] = {}
+    for family in read_metrics(body.decode()):
+        for sample in family.samples:
+            if labels.items() <= sample.labels.items():
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
 
 
 def test_models_names_the_served_model_and_no_path(client: openai.OpenAI) -> None:

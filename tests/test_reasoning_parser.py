@@ -30,7 +30,7 @@ from jobs.demo import CHECKPOINT
 from pipeline.engine.plugin import register
 from pipeline.engine.reasoning import R4BParser, R4BReasoningParser, decoder_of, find_tags
 from pipeline.engine.thought_text import MAX_UNFINISHED, Reading, ThoughtStream, prompt_to_tail
-from pipeline.thinking import OPEN_TAG, mode_of, split_thought
+from pipeline.thinking import CLOSE_TAG, OPEN_TAG, mode_of, split_thought
 
 TOKENIZER: Any = get_tokenizer(str(CHECKPOINT))
 TAGS = find_tags(TOKENIZER)
@@ -610,3 +610,18 @@ def test_find_tags_a_tokenizer_without_tags_is_refused() -> None:
     plain = Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?"))
     with pytest.raises(ValueError, match="does not mark its thoughts"):
         find_tags(type(TOKENIZER)(tokenizer_object=plain, unk_token="?"))
+
+
+def test_find_tags_asks_a_tokenizer_once_however_many_requests_come() -> None:
+    asked = []
+
+    class Counted(type(TOKENIZER)):  # type: ignore[misc]  # transformers has no types
+        def convert_tokens_to_ids(self, tokens: Any) -> Any:
+            asked.append(tokens)
+            return super().convert_tokens_to_ids(tokens)
+
+    tokenizer = Counted(tokenizer_object=TOKENIZER.backend_tokenizer, eos_token=TOKENIZER.eos_token)
+    asked.clear()
+    parsers = [R4BReasoningParser(tokenizer) for _ in range(3)]
+    assert {parser.reasoning_end_str for parser in parsers} == {CLOSE_TAG}
+    assert (asked.count(OPEN_TAG), asked.count(CLOSE_TAG)) == (1, 1)
