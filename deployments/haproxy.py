@@ -1,7 +1,8 @@
 """HAProxy as Ray Serve starts it, but fit for a network: `r4b-haproxy`, named by RAY_SERVE_HAPROXY_BINARY_PATH.
 
 Serve writes HAProxy's configuration with its statistics and metrics open to all interfaces, and lets it answer 500 in
-plain text when no replica can be reached. This program mends that file and becomes HAProxy. Nothing else is changed.
+plain text when no replica can be reached; it sets no limit to the time that a request's head takes, so that silent
+clients can take all connections. This program mends that file and becomes HAProxy. Nothing else is changed.
 Not covered: TLS, which stays a proxy's in front.
 """
 
@@ -27,8 +28,17 @@ UNAVAILABLE = (
 )
 
 
-def mend(config: str, error_file: str) -> str:
-    """Statistics and metrics on the loopback interface only, and our page for when there is no replica."""
+HEAD_TIMEOUT_S = 30
+"""After this a request whose head is not there is answered 408. The gate has a limit for bodies."""
+KEEP_ALIVE_S = 90
+"""A connection without requests is closed then, as by Ray Serve's HTTP server; HAProxy would take the other limit."""
+
+
+def mend(config: str, error_file: str, head_timeout_s: int = HEAD_TIMEOUT_S) -> str:
+    """Statistics and metrics on the loopback interface only, our page for when there is no replica, a limit of time."""
+    if "timeout http-request" not in config:
+        limits = f"    timeout http-request {head_timeout_s}s\n    timeout http-keep-alive {KEEP_ALIVE_S}s\n"
+        config = re.sub(r"^defaults\n", rf"\g<0>{limits}", config, flags=re.M)
     config = re.sub(r"^((?:frontend prometheus|listen stats)\n\s+bind )\*?:", r"\g<1>127.0.0.1:", config, flags=re.M)
     return re.sub(r"^(\s*errorfile 50[234] ).+$", rf"\g<1>{error_file}", config, flags=re.M)
 

