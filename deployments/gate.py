@@ -3,7 +3,7 @@
 Plain ASGI, so that a streamed answer goes through piece by piece and a client that leaves is noticed by the app. A
 request is refused as early as possible: by its head before its body is asked for, by its body before the app is.
 The invariant: the app sees only requests on served paths, with a key where one is needed, whole and within the limits;
-whatever happens to a request, what it counted for is given back and its line is logged.
+whatever happens to a request, what it counted for is given back when the app has done with it, and its line is logged.
 Not covered: what a request asks for (`pipeline.engine.chat_limits`), TLS, slow heads (the server's or proxy's
 matter), and limits over several replicas.
 """
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -62,10 +62,14 @@ class GateSettings:
     """URL and headers together."""
     body_timeout_s: float = 120.0
     """For the whole body to arrive."""
+    leave_timeout_s: float = 5.0
+    """For the app to end a request that was given up."""
+    max_json_marks: int = 200_000
+    """Commas and opening brackets in a body: what the parser's time and memory grow with. Prompts hold far fewer."""
     max_held_bytes: int = 1 << 30
     """Bodies of all requests in the replica, which are held, also by vLLM, until they are answered."""
     max_concurrent: int = 512
-    """Requests to `counted_paths` in this replica."""
+    """Requests to `counted_paths` in this replica. Bodies are taken there only."""
     max_concurrent_per_key: int | None = None
     retry_after_s: int = 1
     open_paths: frozenset[str] = frozenset(("/health", "/ping"))
@@ -172,6 +176,7 @@ class _Exchange:
         self._access = Access(self._head.choose_request_id(), self._head.method, self._head.path)
         self._body: bytes | None = None
         self._is_read = self._is_answered = False
+        self._is_left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Let the request through or refuse it."""
@@ -180,7 +185,7 @@ class _Exchange:
             with self._gate.admit(self._access.path, self._access.key_id):
                 self._body = await self._read_body()
                 if self._body is not None:
-                    await self._gate.app(self._inner_scope(), self._receive_again, self._send_on)
+                    await self._run_app()
         except RefusedError as refused:
             await self._refuse(refused)
         except Exception:
@@ -208,6 +213,8 @@ class _Exchange:
             raise RefusedError(415, "The body must be JSON, and Content-Type say application/json.")
         if head.body_bytes > settings.max_body_bytes:
             raise self._too_large()
+        if head.path not in settings.counted_paths and (head.is_chunked or head.body_bytes):
+            raise RefusedError(413, "This path takes no body.", {"Connection": "close"})
 
     @property
     def _is_api(self) -> bool:
@@ -246,7 +253,22 @@ class _Exchange:
                     self._is_read = not message.get("more_body", False)
         except TimeoutError:
             raise RefusedError(408, f"The body did not arrive within {self._settings.body_timeout_s:g} s.") from None
+        if self._is_api and sum(map(body.count, (b",", b"[", b"{"))) > self._settings.max_json_marks:
+            raise RefusedError(400, "The body holds more JSON values than any request needs.")
         return bytes(body)
+
+    async def _run_app(self) -> None:
+        """The app, to its end. To cancel it would not do: vLLM heeds a client that leaves, and nothing else."""
+        app = asyncio.ensure_future(self._gate.app(self._inner_scope(), self._receive_again, self._send_on))
+        try:
+            await asyncio.shield(app)
+        except asyncio.CancelledError:
+            self._access.client_disconnected = True
+            self._is_left.set_result(None)
+            await asyncio.wait([app], timeout=self._settings.leave_timeout_s)
+            raise
+        finally:
+            app.cancel()
 
     def _inner_scope(self) -> Scope:
         headers = [(name, value) for name, value in self._head.headers if name.lower() not in WITHHELD]
@@ -260,12 +282,20 @@ class _Exchange:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        message = await self._receive()
+        receiving = asyncio.ensure_future(self._receive())
+        try:
+            either: list[asyncio.Future[Any]] = [receiving, self._is_left]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            message = receiving.result() if receiving.done() else {"type": "http.disconnect"}
+        finally:
+            receiving.cancel()
         if message["type"] == "http.disconnect" and not self._is_answered:
             self._access.client_disconnected = True
         return message
 
     async def _send_on(self, message: Message) -> None:
+        if self._is_left.done():
+            return
         if message["type"] == "http.response.start":
             self._access.status = message["status"]
             message = {**message, "headers": self._outer_headers(message["status"], message.get("headers", ()))}

@@ -2,7 +2,8 @@
 
 Serve writes HAProxy's configuration with its statistics and metrics open to all interfaces, and lets it answer 500 in
 plain text when no replica can be reached; it sets no limit to the time that a request's head takes, so that silent
-clients can take all connections. This program mends that file and becomes HAProxy. Nothing else is changed.
+clients can take all connections; and it heeds Serve's own headers from any client. This program mends that file and
+becomes HAProxy. Nothing else is changed.
 Not covered: TLS, which stays a proxy's in front.
 """
 
@@ -34,11 +35,24 @@ KEEP_ALIVE_S = 90
 """A connection without requests is closed then, as by Ray Serve's HTTP server; HAProxy would take the other limit."""
 
 
+SAME_FOR_ALL = r"""
+    http-request del-header x-request-timeout-seconds
+    http-request del-header x-request-disconnect-disabled
+    acl one_request_id req.fhdr_cnt(x-request-id) eq 1
+    acl plain_request_id req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._-]{1,128}$
+    http-request del-header x-request-id if !one_request_id or !plain_request_id
+"""
+"""A client may not set Serve's rules for its own request, nor have an id that the log does not show as it is."""
+
+
 def mend(config: str, error_file: str, head_timeout_s: int = HEAD_TIMEOUT_S) -> str:
     """Statistics and metrics on the loopback interface only, our page for when there is no replica, a limit of time."""
     if "timeout http-request" not in config:
         limits = f"    timeout http-request {head_timeout_s}s\n    timeout http-keep-alive {KEEP_ALIVE_S}s\n"
         config = re.sub(r"^defaults\n", rf"\g<0>{limits}", config, flags=re.M)
+        config = re.sub(
+            r"^frontend http_frontend\n\s+bind .+", lambda found: found[0] + SAME_FOR_ALL.rstrip(), config, flags=re.M
+        )
     config = re.sub(r"^((?:frontend prometheus|listen stats)\n\s+bind )\*?:", r"\g<1>127.0.0.1:", config, flags=re.M)
     return re.sub(r"^(\s*errorfile 50[234] ).+$", rf"\g<1>{error_file}", config, flags=re.M)
 

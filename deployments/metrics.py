@@ -9,6 +9,7 @@ import asyncio
 import urllib.request
 
 import ray
+from ray.exceptions import RayError
 from ray.util.metrics import Counter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -42,8 +43,8 @@ class ChoiceMetrics:
 async def show_metrics(_: Request) -> Response:
     """The `/metrics` of this node, in Prometheus' text format."""
     try:
-        text = await asyncio.to_thread(_fetch, _agent_url())
-    except OSError:
+        text = await asyncio.to_thread(_fetch)
+    except (OSError, RayError):
         return PlainTextResponse("This node's metrics agent does not answer.", status_code=503)
     return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
@@ -54,8 +55,8 @@ def _agent_url() -> str:
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
-def _fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+def _fetch() -> str:
+    with urllib.request.urlopen(_agent_url(), timeout=TIMEOUT_S) as response:
         lines = response.read().decode().splitlines(keepends=True)
     return "".join(line for line in lines if _name(line).startswith(SHOWN_PREFIXES))
 

@@ -332,10 +332,10 @@ def serve(settings: str | None, overrides: tuple[str, ...], host: str, port: int
     SETTINGS is a YAML file (see docs/serving.md); without it, the published model on one GPU. API keys are read from
     the file that auth.keys_file names, and from the environment variable R4B_API_KEYS, comma-separated.
     """
-    from jobs.serve import check_listening, load_settings, serve_here
+    from jobs.serve import asks_for_keys, check_listening, load_settings, serve_here
 
     data = load_settings(settings, overrides, auth=not no_auth)
-    check_listening(host, port, auth=not no_auth)
+    check_listening(host, port, asks_for_keys(data))
     say("Starting the engine; this takes from half a minute to some minutes.")
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     serve_here(data, host, port, lambda: say(f"Serving at {address}/v1, playground at {address}/. Ctrl-C stops."))

@@ -36,6 +36,9 @@ SERVE_ENVIRONMENT = {
     # Where a replica ended without a word, and HAProxy still has the whole request, another one answers. Asking a model
     # twice does no harm.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # With each change of replicas HAProxy is replaced, and the old one is ended after this, with all that still runs by
+    # it: longer than any request, and than graceful_shutdown_timeout_s. Ray's 120 s would cut long thoughts.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     # On a machine that starts an engine meanwhile, 5 s are not always enough for HAProxy to come up.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
@@ -72,9 +75,16 @@ def load_settings(path: str | None, overrides: Sequence[str], auth: bool) -> dic
     for key, path in (("auth.keys_file", settings.auth.keys_file), ("access_log", settings.access_log)):
         if path is not None:
             apply_override(data, f"{key}={absolute_url(path)}")
-    if auth:
+    if settings.auth.required:
         check_keys(settings.auth.keys_file)
     return dict(data)
+
+
+def asks_for_keys(settings: dict[str, Any]) -> bool:
+    """Whether a deployment with these settings lets in only who has a key."""
+    from deployments.settings import parse_settings
+
+    return parse_settings(settings, "the settings").auth.required
 
 
 def check_keys(path: str | None) -> None:
@@ -93,7 +103,7 @@ def check_listening(host: str, port: int, auth: bool) -> None:
             f"--host: {host} is not an IP address; 127.0.0.1 is this machine, 0.0.0.0 all of it."
         ) from error
     if not auth and not is_loopback:
-        raise SpecError(f"--no-auth: without keys the server listens on loopback only, and --host is {host}.")
+        raise SpecError(f"--host: without keys the server listens on loopback only, and this is {host}.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -7,9 +7,11 @@ Not covered: vLLM's app behind the gate, and Ray Serve before it.
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import re
+import select
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -20,7 +22,9 @@ from urllib.parse import unquote
 import httpx
 import pytest
 import uvicorn
+from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from deployments.gate import Gate, GateSettings
 from deployments.heads import Headers
@@ -590,19 +594,124 @@ def test_gate_lets_the_servers_log_have_the_apps_error(gate: Gate) -> None:
         asyncio.run(run())
 
 
-def test_gate_gives_back_what_was_counted_when_it_is_cancelled(gate: Gate, app: App, lines: Lines) -> None:
+@pytest.mark.parametrize(("deed", "events"), [(b"wait", ["http.disconnect"]), (b"hold", ["cancelled"])])
+def test_gate_that_is_cancelled_has_the_app_end_the_request_and_gives_back_what_was_counted(
+    app: App, keys: KeyRing, lines: Lines, deed: bytes, events: list[str]
+) -> None:
+    """An app is told first, as vLLM's ends its work for nothing else; one that does not listen is cancelled."""
+    gate = Gate(app, dataclasses.replace(SETTINGS, leave_timeout_s=0.5), keys)
+
     async def run() -> None:
         async with client_of(gate) as client:
-            held = asyncio.ensure_future(post(client, b"hold"))
+            held = asyncio.ensure_future(post(client, deed))
             await until(lambda: len(app.bodies) == 1)
             held.cancel()
             await asyncio.wait([held])
             app.go.release()  # for the thread that waits
+            await until(lambda: len(app.events) == 1)
 
     asyncio.run(run())
-    assert app.events == ["cancelled"]
+    assert app.events == events
     assert is_idle(gate)
-    assert [line["status"] for line in lines.parsed] == [None]
+    assert [line["client_disconnected"] for line in lines.parsed] == [True]
+
+
+def test_gate_that_is_cancelled_keeps_the_place_until_the_app_has_ended(app: App, keys: KeyRing) -> None:
+    ended = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        app.bodies.append(b"")
+        assert (await receive())["type"] == "http.disconnect"
+        await ended.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})  # to nobody
+
+    gate = Gate(slow, SETTINGS, keys)
+
+    async def run() -> None:
+        async with client_of(gate) as client:
+            held = asyncio.ensure_future(post(client, b"{}"))
+            await until(lambda: len(app.bodies) == 1)
+            held.cancel()
+            await asyncio.sleep(0.1)
+            assert not gate.is_idle
+            ended.set()
+            await asyncio.wait([held])
+
+    asyncio.run(run())
+    assert is_idle(gate)
+
+
+def test_vllms_handler_ends_when_the_gate_is_cancelled(keys: KeyRing) -> None:
+    """vLLM's own decorator, around a handler that would go on for ever."""
+    events: list[str] = []
+
+    @with_cancellation  # type: ignore[untyped-decorator]
+    async def handle(request: Any, raw_request: Any) -> None:
+        events.append("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            events.append("ended")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        await request.body()
+        await handle(None, request)
+
+    gate = Gate(app, SETTINGS, keys)
+
+    async def run() -> None:
+        async with client_of(gate) as client:
+            held = asyncio.ensure_future(post(client, b"{}"))
+            await until(lambda: events == ["begun"])
+            held.cancel()
+            await asyncio.wait([held])
+            assert events == ["begun", "ended"]
+
+    asyncio.run(run())
+    assert is_idle(gate)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("GET", "/health", {}),
+        ("GET", "/", {}),
+        ("GET", "/playground/app.js", {}),
+        ("GET", "/metrics", KEYED),
+        ("POST", "/v1/models", JSON),
+    ],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_gate_takes_bodies_for_chat_only(
+    gate: Gate, app: App, method: str, path: str, headers: dict[str, str], chunked: bool
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"x"
+
+    response = ask(gate, method, path, headers=headers, content=pieces() if chunked else b"x")
+    assert (response.status_code, response.headers["connection"]) == (413, "close")
+    assert error_of(response)["message"] == "This path takes no body."
+    assert app.scopes == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"[" * 50 + b"]" * 50, 200),
+        (b"[" * 51 + b"]" * 51, 400),
+        (b"[" + b"1," * 50 + b"1]", 400),
+        (b'{"a":' * 51 + b"1" + b"}" * 51, 400),
+        (b'"' + b"\\" * 400 + b'"', 200),
+    ],
+)
+def test_gate_refuses_json_of_too_many_values_before_it_is_parsed(
+    app: App, keys: KeyRing, body: bytes, status: int
+) -> None:
+    gate = Gate(app, dataclasses.replace(SETTINGS, max_json_marks=50), keys)
+    assert ask(gate, "POST", CHAT, headers=JSON, content=body).status_code == status
+    assert len(app.scopes) == (status == 200)
 
 
 def test_gate_gives_up_a_body_that_does_not_arrive(app: App, keys: KeyRing, lines: Lines) -> None:
@@ -852,7 +961,8 @@ def test_server_lies_about_framing_do_not_reach_the_app_as_a_request(
 ) -> None:
     with server.connect() as connection:
         connection.sendall(head(JSON_HEADER, *lies, "Connection: close") + b"echo")
-        connection.shutdown(socket.SHUT_WR)
+        if not select.select([connection], [], [], 1)[0]:  # it waits for the rest of what it takes for the body
+            connection.shutdown(socket.SHUT_WR)
         answer = read_to_end(connection)
     assert not answer.startswith(b"HTTP/1.1 5")
     assert len(app.bodies) == answer.count(b"HTTP/1.1 200")

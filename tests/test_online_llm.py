@@ -1,4 +1,4 @@
-"""What a client is told of an engine that died: 503, before its stream and in the middle of it."""
+"""What a client is told before its stream and in the middle of it: of an engine that died, and of limits."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,14 +6,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from pipeline.engine import openai_app
+from pipeline.engine.chat_limits import ChatLimits, check_request
 from pipeline.engine.online_llm import EngineGoneError, OnlineLLM
-from pipeline.engine.openai_app import CheckedChat
+from pipeline.engine.openai_app import CheckedChat, check_rendered
 
 OUTPUT = SimpleNamespace(outputs=[], prompt_token_ids=[])
 
@@ -53,3 +56,43 @@ def test_vllm_makes_503_of_it_with_a_message_for_the_client() -> None:
     told = create_error_response(EngineGoneError()).error
     assert (told.code, told.type) == (503, "Service Unavailable")
     assert told.message == "The engine died; another one is being started."
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_taken"),
+    [
+        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 4761}, True),
+        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 4762}, False),
+        ({"logprobs": True, "top_logprobs": 20, "max_completion_tokens": 4762}, False),
+        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 4762, "stream": True}, True),
+        ({"logprobs": True, "max_tokens": 12_500, "n": 8}, True),
+        ({"logprobs": True, "max_tokens": 12_501, "n": 8}, False),
+        ({"logprobs": True, "top_logprobs": 5}, True),
+        ({"logprobs": True, "top_logprobs": 6}, False),
+        ({"max_tokens": 16_384, "n": 8}, True),
+    ],
+)
+def test_logprobs_of_one_answer_are_bounded(asked: dict[str, Any], is_taken: bool) -> None:
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hi"}], model="r4b", **asked)
+    if is_taken:
+        check_request(request, ChatLimits())
+    else:
+        with pytest.raises(VLLMValidationError, match="100000, the most in one answer"):
+            check_request(request, ChatLimits())
+
+
+@pytest.mark.parametrize(("limit", "is_taken"), [(None, True), (3, True), (2, False)])
+def test_prompt_above_the_servers_limit_is_refused_when_it_is_rendered(limit: int | None, is_taken: bool) -> None:
+    llm = OnlineLLM.__new__(OnlineLLM)
+    llm.max_prompt_tokens = limit
+    rendered: Any = ([], [{"prompt_token_ids": [1, 2, 3]}])
+
+    async def render(_: Any) -> Any:
+        return rendered
+
+    rendering = check_rendered(render, llm.check_length)(SimpleNamespace())
+    if is_taken:
+        assert asyncio.run(rendering) is rendered
+    else:
+        with pytest.raises(VLLMValidationError, match="3 tokens, this server takes 2"):
+            asyncio.run(rendering)

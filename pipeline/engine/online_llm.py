@@ -35,7 +35,7 @@ class OnlineLLM(AsyncLLM):  # type: ignore[misc]  # vLLM has no types
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As vLLM's; raises VLLMValidationError for a prompt above `max_prompt_tokens`, EngineGoneError."""
-        self._check_length(prompt)
+        self.check_length(prompt)
         outputs = self._generate(prompt, sampling_params, request_id, options)
         try:
             async for output in outputs:
@@ -61,7 +61,8 @@ class OnlineLLM(AsyncLLM):  # type: ignore[misc]  # vLLM has no types
                     self.on_finished(output.prompt_token_ids or [], token_ids, str(choice.finish_reason))
             yield output
 
-    def _check_length(self, prompt: Any) -> None:
+    def check_length(self, prompt: Any) -> None:
+        """Raise VLLMValidationError for a prompt above `max_prompt_tokens`."""
         length = len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
         if self.max_prompt_tokens is not None and length > self.max_prompt_tokens:
             raise VLLMValidationError(

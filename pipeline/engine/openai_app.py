@@ -110,12 +110,26 @@ async def build_openai_app(engine: VLLMEngine, settings: OpenAISettings) -> Fast
     chat = app.state.openai_serving_chat
     chat.override_max_tokens = settings.limits.max_tokens
     chat.parser_cls = R4BParser.with_tags(engine.tags)
+    chat.render_chat_request = check_rendered(chat.render_chat_request, engine.llm.check_length)
     app.state.openai_serving_chat = CheckedChat(chat, settings.limits)
     app.dependency_overrides[validate_json_request] = _check_body
     app.exception_handler(RequestValidationError)(_show_invalid)
     app.middleware_stack = app.build_middleware_stack()  # vLLM built it already, with its own handler
     _trim_openapi(app)
     return app
+
+
+def check_rendered(render: Callable[[Any], Any], check: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """vLLM's `render_chat_request`, which also checks each prompt that it makes: before a stream has begun."""
+
+    async def render_checked(request: ChatCompletionRequest) -> Any:
+        result = await render(request)
+        if isinstance(result, tuple):  # otherwise it is an error
+            for prompt in result[1]:
+                check(prompt)
+        return result
+
+    return render_checked
 
 
 async def _check_body(raw_request: Request) -> None:
