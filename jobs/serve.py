@@ -116,7 +116,11 @@ def check_listening(host: str, port: int, auth: bool) -> None:
 def serve_here(settings: dict[str, Any], host: str, port: int, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; raises JobError when the deployment does not start."""
     stop = threading.Event()
-    with _heeding_signals(stop), contextlib.suppress(KeyboardInterrupt), local_serve(host, port):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_heeding_signals(stop))
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        stack.enter_context(local_serve(host, port))
+        stack.enter_context(_heeding_signals(stop))  # Ray put its own over ours: SIGTERM would end the process at once
         deploy(settings, host, port)
         on_ready()
         stop.wait()

