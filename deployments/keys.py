@@ -76,7 +76,6 @@ class KeyRing:
         signature = _sign(self._path)
         if signature is not None and signature == self._signature:
             return
-        self._signature = signature
         try:
             self._load(self._path)
         except SpecError as error:

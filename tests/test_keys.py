@@ -4,6 +4,7 @@ Covers lists of keys, Authorization headers, rotation by every way of writing a 
 Not covered: how long a comparison takes (`benchmarks/key_timing.py`), HTTP (`test_gate`).
 """
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -218,6 +219,23 @@ def test_key_ring_keeps_its_keys_while_the_file_may_not_be_read(tmp_path: Path, 
     path.mkdir()
     clock.now += 1.0
     assert ring.find(OLD.encode()) is not None
+
+
+def test_key_ring_revocation_that_could_not_be_read_is_read_again(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_files(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    path = write(tmp_path / "keys", OLD)
+    ring = KeyRing(str(path), clock)
+    replace(path, NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", out_of_files)
+        clock.now += 1.0
+        assert ring.find(OLD.encode()) is not None
+    clock.now += 1.0
+    assert ring.find(OLD.encode()) is None
 
 
 def test_key_ring_revoked_key_is_refused_and_the_others_stay(tmp_path: Path, clock: Clock) -> None:
