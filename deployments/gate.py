@@ -236,7 +236,7 @@ class _Exchange:
 
     async def _read_body(self) -> bytes | None:
         """The whole body; None when the client has gone before its end."""
-        body = bytearray()
+        body, num_marks = bytearray(), 0
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
                 while not self._is_read:
@@ -250,11 +250,12 @@ class _Exchange:
                     self._gate.hold(len(piece))
                     self._access.bytes_in += len(piece)
                     body += piece
+                    num_marks += sum(map(piece.count, (b",", b"[", b"{")))
+                    if num_marks > self._settings.max_json_marks:
+                        raise RefusedError(400, "The body holds more JSON values than any request needs.")
                     self._is_read = not message.get("more_body", False)
         except TimeoutError:
             raise RefusedError(408, f"The body did not arrive within {self._settings.body_timeout_s:g} s.") from None
-        if self._is_api and sum(map(body.count, (b",", b"[", b"{"))) > self._settings.max_json_marks:
-            raise RefusedError(400, "The body holds more JSON values than any request needs.")
         return bytes(body)
 
     async def _run_app(self) -> None:
@@ -263,9 +264,11 @@ class _Exchange:
         try:
             await asyncio.shield(app)
         except asyncio.CancelledError:
-            self._access.client_disconnected = True
+            self._access.client_disconnected = not self._is_answered
             self._is_left.set_result(None)
             await asyncio.wait([app], timeout=self._settings.leave_timeout_s)
+            app.cancel()
+            await asyncio.gather(app, return_exceptions=True)
             raise
         finally:
             app.cancel()

@@ -30,11 +30,7 @@ UNAVAILABLE = (
 
 
 HEAD_TIMEOUT_S = 30
-"""After this a request whose head is not there is answered 408. The gate has a limit for bodies."""
-KEEP_ALIVE_S = 90
-"""A connection without requests is closed then, as by Ray Serve's HTTP server; HAProxy would take the other limit."""
-
-
+"""After this a request whose head is not whole is answered 408. The gate has a limit for bodies."""
 SAME_FOR_ALL = r"""
     http-request del-header x-request-timeout-seconds
     http-request del-header x-request-disconnect-disabled
@@ -47,8 +43,8 @@ SAME_FOR_ALL = r"""
 
 def mend(config: str, error_file: str, head_timeout_s: int = HEAD_TIMEOUT_S) -> str:
     """Statistics and metrics on the loopback interface only, our page for when there is no replica, a limit of time."""
-    if "timeout http-request" not in config:
-        limits = f"    timeout http-request {head_timeout_s}s\n    timeout http-keep-alive {KEEP_ALIVE_S}s\n"
+    if "option http-ignore-probes" not in config:
+        limits = f"    timeout http-request {head_timeout_s}s\n    option http-ignore-probes\n"
         config = re.sub(r"^defaults\n", rf"\g<0>{limits}", config, flags=re.M)
         config = re.sub(
             r"^frontend http_frontend\n\s+bind .+", lambda found: found[0] + SAME_FOR_ALL.rstrip(), config, flags=re.M

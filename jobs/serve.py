@@ -143,8 +143,10 @@ def local_serve(host: str, port: int, **ray_options: Any) -> Iterator[None]:
         finally:
             # Ray prints to both that it tries again to end what has ended.
             with silent_stderr(), contextlib.redirect_stdout(io.StringIO()):
-                serve.shutdown()
-                ray.shutdown()
+                try:
+                    serve.shutdown()
+                finally:
+                    ray.shutdown()
 
 
 def deploy(settings: dict[str, Any], host: str, port: int) -> None:

@@ -634,7 +634,7 @@ def test_gate_that_is_cancelled_keeps_the_place_until_the_app_has_ended(app: App
             await until(lambda: len(app.bodies) == 1)
             held.cancel()
             await asyncio.sleep(0.1)
-            assert not gate.is_idle
+            assert not is_idle(gate)
             ended.set()
             await asyncio.wait([held])
 

@@ -81,6 +81,14 @@ def test_logprobs_of_one_answer_are_bounded(asked: dict[str, Any], is_taken: boo
             check_request(request, ChatLimits())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_the_whole_vocabulary_are_refused(stream: bool) -> None:
+    asked = {"logprobs": True, "top_logprobs": -1, "max_tokens": 1, "stream": stream}
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "Hi"}], model="r4b", **asked)
+    with pytest.raises(VLLMValidationError, match="top_logprobs"):
+        check_request(request, ChatLimits())
+
+
 @pytest.mark.parametrize(("limit", "is_taken"), [(None, True), (3, True), (2, False)])
 def test_prompt_above_the_servers_limit_is_refused_when_it_is_rendered(limit: int | None, is_taken: bool) -> None:
     llm = OnlineLLM.__new__(OnlineLLM)

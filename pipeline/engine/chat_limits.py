@@ -117,9 +117,12 @@ def _check_counts(request: ChatCompletionRequest, limits: ChatLimits) -> None:
     ):
         if value > limit:
             raise VLLMValidationError(f"{name}: {value} is more than this server allows, {limit}.", parameter=name)
+    num_rivals = request.top_logprobs or 0
+    if num_rivals < 0:
+        raise VLLMValidationError("top_logprobs: the whole vocabulary is not given.", parameter="top_logprobs")
     if request.logprobs and not request.stream:
         num_tokens = (request.n or 1) * (limits.max_tokens if asked is None else asked)
-        if num_tokens * (1 + (request.top_logprobs or 0)) > MAX_LOGPROBS:
+        if num_tokens * (1 + num_rivals) > MAX_LOGPROBS:
             raise VLLMValidationError(
                 f"logprobs: n * max_tokens * (1 + top_logprobs) is above {MAX_LOGPROBS}, the most in one answer; "
                 "ask for fewer, or stream.",
