@@ -176,7 +176,7 @@ class _Exchange:
         self._access = Access(self._head.choose_request_id(), self._head.method, self._head.path)
         self._body: bytes | None = None
         self._is_read = self._is_answered = False
-        self._is_left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Let the request through or refuse it."""
@@ -265,7 +265,7 @@ class _Exchange:
             await asyncio.shield(app)
         except asyncio.CancelledError:
             self._access.client_disconnected = not self._is_answered
-            self._is_left.set_result(None)
+            self._left.set_result(None)
             await asyncio.wait([app], timeout=self._settings.leave_timeout_s)
             app.cancel()
             await asyncio.gather(app, return_exceptions=True)
@@ -287,7 +287,7 @@ class _Exchange:
             return {"type": "http.request", "body": body, "more_body": False}
         receiving = asyncio.ensure_future(self._receive())
         try:
-            either: list[asyncio.Future[Any]] = [receiving, self._is_left]
+            either: list[asyncio.Future[Any]] = [receiving, self._left]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             message = receiving.result() if receiving.done() else {"type": "http.disconnect"}
         finally:
@@ -297,7 +297,7 @@ class _Exchange:
         return message
 
     async def _send_on(self, message: Message) -> None:
-        if self._is_left.done():
+        if self._left.done():
             return
         if message["type"] == "http.response.start":
             self._access.status = message["status"]

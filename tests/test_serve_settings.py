@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +125,9 @@ def test_mend_answers_for_missing_replicas_with_our_page() -> None:
 def test_mend_ends_a_request_whose_head_does_not_come(tmp_path: Path) -> None:
     port = free_port()
     listening = f"defaults\n    mode http\n    timeout client 60s\nfrontend f\n    bind 127.0.0.1:{port}\n"
-    config = tmp_path / "haproxy.cfg"
-    config.write_text(mend(listening, "", head_timeout_s=1))
-    process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
-    try:
-        with connected(port) as client:
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n")
-            assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
-    finally:
-        process.kill()
-        process.wait()
+    with haproxy(tmp_path, mend(listening, "", head_timeout_s=1)), connected(port) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 SERVING_NOTHING = """
@@ -170,17 +165,24 @@ def test_mend_leaves_no_header_of_serves_to_clients(tmp_path: Path) -> None:
     port = free_port()
     names = ("x-request-id", "x-request-timeout-seconds", "x-request-disconnect-disabled")
     told = ",".join(f"%[req.fhdr({name})]" for name in names)
-    config = tmp_path / "haproxy.cfg"
     listening = f"defaults\n    mode http\n    timeout client 60s\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n"
     answer = f'    http-request return status 200 content-type text/plain lf-string "{told}"\n'
-    config.write_text(mend(listening + answer, ""))
-    process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
-    try:
+    with haproxy(tmp_path, mend(listening + answer, "")):
         connected(port).close()
         for ids, kept in ((["mine-1"], "mine-1"), (["a b"], ""), (["x" * 129], ""), (["a", "b"], ""), (["\xe9"], "")):
             headers = [(b"x-request-id", one.encode("latin-1")) for one in ids]
             headers += [(name.encode(), b"1") for name in names[1:]]
             assert httpx.get(f"http://127.0.0.1:{port}/", headers=headers).text == f"{kept},,"
+
+
+@contextmanager
+def haproxy(folder: Path, config: str) -> Iterator[None]:
+    """A real one with this configuration."""
+    path = folder / "haproxy.cfg"
+    path.write_text(config)
+    process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(path)], stderr=subprocess.DEVNULL)
+    try:
+        yield
     finally:
         process.kill()
         process.wait()
