@@ -4,13 +4,10 @@ Exit codes: 0 done, 1 the job failed, 2 the spec or the call was wrong, 130 stop
 """
 
 import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +15,11 @@ import click
 from tqdm import tqdm
 
 from jobs.spec_file import load_spec
-from pipeline.errors import R4BError, SpecError
+from jobs.terminal import endpoint_option, exits_cleanly, heeded_interrupt, json_option, say, set_option, storage_at
+from pipeline.errors import SpecError
 from pipeline.plan import Plan, make_plan
 from pipeline.records import ChunkReport, Manifest, Work
-from pipeline.spec import JobSpec, StorageSpec
-
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the spec, such as --set engine.max_num_seqs=128. May be given several times.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-endpoint_option = click.option("--endpoint-url", metavar="URL", help="S3 endpoint to find OUTPUT at, if it is not AWS.")
-
-
-def storage_at(endpoint_url: str | None) -> StorageSpec:
-    """The store that `--endpoint-url` names."""
-    try:
-        return StorageSpec(endpoint_url=endpoint_url)
-    except ValueError as error:  # without the value: it may hold a password
-        raise SpecError("--endpoint-url must not hold a user or a password; boto3 finds those itself.") from error
-
-
-def say(message: str) -> None:
-    """A line for the person at the terminal."""
-    click.echo(message, err=True)
-
-
-def exits_cleanly(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn our errors into one message and an exit code, and Ctrl-C into a hint."""
-
-    @wraps(command)
-    def run(**kwargs: Any) -> None:
-        try:
-            command(**kwargs)
-        except R4BError as error:
-            say(f"r4b: {error}")
-            sys.exit(2 if isinstance(error, SpecError) else 1)
-        except KeyboardInterrupt:
-            say("r4b: stopped. Committed chunks are kept; the same command goes on from there.")
-            sys.exit(130)
-
-    return run
-
-
-@contextmanager
-def heeded_interrupt() -> Iterator[Callable[[], None]]:
-    """Ctrl-C as ever, and a function that raises it again: libraries that call back into Python may lose the first."""
-    interrupted = False
-
-    def interrupt(number: int, frame: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    def heed() -> None:
-        if interrupted:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield heed
-    finally:
-        signal.signal(signal.SIGINT, before)
+from pipeline.spec import JobSpec
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import heeded_interrupt
+from jobs.terminal import heeded_interrupt
 from tests.running import r4b, simulated_spec, write_scene_shards, write_spec
 
 Change = Callable[[dict[str, Any], Path], None]
