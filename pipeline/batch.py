@@ -4,11 +4,8 @@ The dataset has one row for each chunk, so a block is a chunk: Ray moves referen
 splits one. Rows of the output exist only inside the tasks that make them.
 """
 
-import asyncio
 import logging
 import math
-import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,31 +31,32 @@ from pipeline.commits import (
     read_retry,
     reopen_output,
 )
-from pipeline.engine import open_engine
-from pipeline.engine.contract import task_to_request
 from pipeline.engine.models import check_model, find_tiling, identify_model
-from pipeline.errors import EngineDiedError, ErrorRateError, JobError, SampleError, SpecError
+from pipeline.engine_actor import EngineActor
+from pipeline.errors import ErrorRateError, JobError, SpecError
 from pipeline.matching import match_prompts
 from pipeline.plan import Plan, complete_plan, make_plan, make_readings
 from pipeline.readers import ReadSettings, read_chunks
 from pipeline.records import (
     Chunk,
     ChunkReport,
+    CommittedChunk,
     FailedShard,
     GeneratedChunk,
-    Generation,
+    Losses,
     Manifest,
-    ReadChunk,
     Reading,
-    Task,
     Work,
     valid_text,
 )
 from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
+from pipeline.watch import attended, count_losses, start_watch
 
 MIN_ROWS_FOR_ERROR_RATE = 100
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+ONE_ROW = {**WHOLE_BLOCK, "batch_size": 1}
+"""The same, for a block has one row; for a stage with GPUs Ray Data takes no None."""
 
 
 def run_batch(
@@ -68,6 +66,7 @@ def run_batch(
     drop_stale: bool = False,
     on_start: Callable[[Plan, list[Work]], None] = lambda plan, works: None,
     on_commit: Callable[[ChunkReport], None] = lambda report: None,
+    on_losses: Callable[[Losses], None] = lambda losses: None,
 ) -> Manifest:
     """Run a job to its end, or what an earlier run left of it; raises SpecError before, JobError after the start."""
     check_model(job.engine)
@@ -92,7 +91,7 @@ def run_batch(
         reopen_output(output)
         settings = ReadSettings(job, plan.format, plan.schema, find_tiling(job.engine), plan.prompt_table)
         retried = frozenset(work.chunk.chunk_id for work in works if work.retry is not None)
-        outcomes = run_readings(readings, settings, output, resumes=bool(committed))
+        outcomes = run_readings(readings, settings, output, bool(committed), on_losses)
         check_shards(watch_errors(outcomes, retried, job.limits.max_error_rate, on_commit))
     return finish(output, complete_plan(job, plan), stale)
 
@@ -108,22 +107,32 @@ def find_deployment(job: JobSpec, model_identity: str) -> dict[str, str]:
 
 
 def run_readings(
-    readings: list[Reading], settings: ReadSettings, output: Output, resumes: bool
-) -> Iterator[ChunkReport | FailedShard]:
+    readings: list[Reading],
+    settings: ReadSettings,
+    output: Output,
+    resumes: bool,
+    on_losses: Callable[[Losses], None],
+) -> Iterator[ChunkReport | FailedShard | CommittedChunk]:
     """Stream the input through read, generate and commit; yields a report for each chunk as it is committed."""
     set_up_data()
     job = output.job
-    reading = {"settings": settings, "output": output if resumes else None}
+    watch = start_watch(job.limits)
+    reading = {"settings": settings, "output": output if resumes else None, "watch": watch}
     dataset = readings_to_dataset(readings)
     dataset = dataset.map_batches(read_batches, fn_kwargs=reading, num_cpus=CPUS_PER_READ, **WHOLE_BLOCK)
     with warnings.catch_warnings():  # Ray deprecates `max_restarts` here before it has another place for it
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        engine = {"fn_constructor_args": (job, output.fingerprint), **engine_resources(job)}
-        dataset = dataset.map_batches(EngineActor, **engine, **WHOLE_BLOCK)
-    dataset = dataset.map_batches(commit_batch, fn_kwargs={"output": output}, num_cpus=CPUS_PER_COMMIT, **WHOLE_BLOCK)
+        engine = {"fn_constructor_args": (job, output.fingerprint, watch), **engine_resources(job)}
+        dataset = dataset.map_batches(EngineActor, **engine, **ONE_ROW)
+    committing = {"output": output, "watch": watch}
+    dataset = dataset.map_batches(commit_batch, fn_kwargs=committing, num_cpus=CPUS_PER_COMMIT, **WHOLE_BLOCK)
+    num_chunks = 0
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from from_batches(batch)
+            for outcome in from_batches(batch):
+                num_chunks += isinstance(outcome, ChunkReport)
+                yield outcome
+        on_losses(count_losses(watch, num_chunks))
     except Exception as error:  # Ray wraps what our own code raised in several layers of its own
         raise find_cause(error) from error
 
@@ -133,66 +142,26 @@ def readings_to_dataset(readings: list[Reading]) -> ray.data.Dataset:
     return ray.data.from_arrow([to_batch(reading) for reading in readings])
 
 
-def read_batches(batch: pa.Table, settings: ReadSettings, output: Output | None) -> Iterator[pa.Table]:
+def read_batches(batch: pa.Table, settings: ReadSettings, output: Output | None, watch: Any) -> Iterator[pa.Table]:
     """CPU task: one pass over a shard; fetches, checks, decodes and renders, and gives a block for each chunk."""
+    reading: Reading = from_batch(batch)
     is_committed = (lambda chunk_id: False) if output is None else partial(has_part, output)
-    yield from map(to_batch, read_chunks(from_batch(batch), settings, is_committed))  # no name holds a chunk longer
+    with attended(watch, f"reading {reading.shard}", settings.job.limits):
+        yield from map(to_batch, read_chunks(reading, settings, is_committed))  # no name holds a chunk longer
 
 
-class EngineActor:
-    """GPU actor: one engine. Its chunks run concurrently, so that one long thought does not idle the engine.
-
-    With `engine.pool: serve` the engine is a deployment elsewhere, and the actor needs no GPU.
-    """
-
-    def __init__(self, job: JobSpec, made_with: dict[str, str]) -> None:
-        self.job = job
-        self.made_with = made_with
-        self.engine: Any = None
-        self.ready_at = 0.0
-        self.starting = asyncio.Lock()
-        # Images wait as the bytes that were read until the engine is near: rendering makes copies of each.
-        self.slots = asyncio.Semaphore(2 * job.engine.max_num_seqs)
-
-    async def __call__(self, batch: pa.Table) -> pa.Table:
-        chunk: ReadChunk | FailedShard = from_batch(batch)
-        if isinstance(chunk, FailedShard):
-            return batch
-        async with self.starting:  # here, not in the constructor: the engine lives in this event loop
-            if self.engine is None:
-                self.engine = await open_engine(self.job.engine, self.made_with)
-                self.ready_at = time.time()
-        try:
-            results = await asyncio.gather(*(self.answer(task) for task in chunk.tasks))
-        except EngineDiedError:
-            # An engine that died never recovers in its process; exiting lets Ray restart the actor, retry its chunks.
-            os._exit(1)
-        tasks = tuple(replace(task, images=()) for task in chunk.tasks)
-        return to_batch(GeneratedChunk(chunk.work, tasks, tuple(results), chunk.kept, chunk.counts, self.ready_at))
-
-    async def answer(self, task: Task) -> Generation | SampleError:
-        """One row's generation, or what is wrong with it."""
-        if task.error is not None:
-            return task.error
-        try:
-            async with self.slots:
-                generation: Generation = await self.engine.generate(task_to_request(task, self.job.sampling))
-            return generation
-        except SampleError as error:
-            return error
-
-
-def commit_batch(batch: pa.Table, output: Output) -> pa.Table:
+def commit_batch(batch: pa.Table, output: Output, watch: Any) -> pa.Table:
     """CPU task: one atomic write."""
-    chunk: GeneratedChunk | FailedShard = from_batch(batch)
-    return batch if isinstance(chunk, FailedShard) else to_batch(commit_chunk(chunk, output))
+    chunk = from_batch(batch)
+    if not isinstance(chunk, GeneratedChunk):
+        return batch
+    with attended(watch, f"writing {chunk.work.chunk.chunk_id}", output.job.limits):
+        return to_batch(commit_chunk(chunk, output))
 
 
 # Together one core, so that a job runs on a machine that has no more. A read must not reserve what a CPU engine
 # does: Ray Data would fuse the two stages, and reading would wait for the engine.
 CPUS_PER_READ, CPUS_PER_COMMIT, CPUS_PER_CPU_ENGINE = 0.5, 0.25, 0.25
-MAX_ENGINE_RESTARTS = 10
-"""Of one replica; then the job fails rather than feed the same poison to engine after engine."""
 
 
 def engine_resources(job: JobSpec) -> dict[str, Any]:
@@ -211,7 +180,7 @@ def engine_resources(job: JobSpec) -> dict[str, Any]:
         "compute": pool,
         "num_gpus": num_gpus,
         "num_cpus": 1 if num_gpus else CPUS_PER_CPU_ENGINE,
-        "max_restarts": MAX_ENGINE_RESTARTS,
+        "max_restarts": -1,  # how often is the watch's to say
     }
 
 
@@ -256,7 +225,7 @@ def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[W
 
 
 def watch_errors(
-    outcomes: Iterator[ChunkReport | FailedShard],
+    outcomes: Iterator[ChunkReport | FailedShard | CommittedChunk],
     retried: frozenset[str],
     max_error_rate: float,
     on_commit: Callable[[ChunkReport], None],
@@ -268,6 +237,8 @@ def watch_errors(
     num_rows = num_errors = 0
     failed: dict[str, FailedShard] = {}
     for report in outcomes:
+        if isinstance(report, CommittedChunk):
+            continue
         if isinstance(report, FailedShard):
             failed[report.shard] = report
             continue
@@ -323,7 +294,7 @@ def finish(output: Output, plan: Plan, stale: list[str]) -> Manifest:
 
 def set_up_data() -> None:
     """Ray Data without bars, chatter and impatience, and with a block for each chunk that a read task gives."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails the job is raised, and told once
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # bytes: no two rows share a block, for a chunk need not wait for the next

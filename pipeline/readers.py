@@ -18,7 +18,7 @@ from pipeline.errors import JobError, SampleError, SpecError, StoreUnavailableEr
 from pipeline.formats import FORMATS, Sample
 from pipeline.formats.contract import Span, damaged
 from pipeline.loading import ImageLoader, map_ahead
-from pipeline.records import FailedShard, ReadChunk, ReadCounts, Reading, Shard, Task, Work, valid_text
+from pipeline.records import CommittedChunk, FailedShard, ReadChunk, ReadCounts, Reading, Shard, Task, Work, valid_text
 from pipeline.spec import InputFormat, JobSpec, SampleSpec
 from pipeline.surveys import SurveyMaker, write_survey
 from pipeline.tiling import Tiling
@@ -41,9 +41,8 @@ class ReadSettings:
 
 def read_chunks(
     reading: Reading, settings: ReadSettings, is_committed: Callable[[str], bool] = lambda chunk_id: False
-) -> Iterator[ReadChunk | FailedShard]:
+) -> Iterator[ReadChunk | CommittedChunk | FailedShard]:
     """One pass over a shard; `is_committed` tells a stream which of its chunks have a part. Raises JobError."""
-    shard = reading.stream.url if reading.stream is not None else reading.works[0].chunk.shard
     try:
         if reading.stream is not None:
             yield from _read_stream(reading.stream, settings, is_committed)
@@ -52,7 +51,7 @@ def read_chunks(
     except StoreUnavailableError:  # no fault of this shard: the job stops, and resumes when the store is back
         raise
     except (JobError, SpecError, OSError) as error:
-        yield FailedShard(valid_text(shard), valid_text(str(error)))
+        yield FailedShard(valid_text(reading.shard), valid_text(str(error)))
 
 
 def _read_works(works: Sequence[Work], settings: ReadSettings) -> Iterator[ReadChunk]:
@@ -74,8 +73,10 @@ def _read_works(works: Sequence[Work], settings: ReadSettings) -> Iterator[ReadC
         yield _make_chunk(work, samples.take_before(work.chunk.stop if work is not works[-1] else None), settings)
 
 
-def _read_stream(shard: Shard, settings: ReadSettings, is_committed: Callable[[str], bool]) -> Iterator[ReadChunk]:
-    """All chunks of a shard that have no part; at its end, its survey."""
+def _read_stream(
+    shard: Shard, settings: ReadSettings, is_committed: Callable[[str], bool]
+) -> Iterator[ReadChunk | CommittedChunk]:
+    """All chunks of a shard, read if they have no part; at its end, its survey."""
     job, rows = settings.job, settings.job.output.chunk_rows
     maker, done = SurveyMaker(rows), _Committed(shard, rows, is_committed)
     samples = _Peekable(FORMATS[settings.format].read(job, Span(shard), settings.schema, done.is_wanted), maker)
@@ -86,6 +87,7 @@ def _read_stream(shard: Shard, settings: ReadSettings, is_committed: Callable[[s
             yield _make_last_or_full(shard, start, samples, maker, settings)
         else:
             samples.skip_before(stop)
+            yield CommittedChunk(shard.chunk(start, stop).chunk_id)
         number += 1
     write_survey(job, shard, maker.survey)
 

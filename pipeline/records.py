@@ -129,6 +129,11 @@ class Reading:
     works: tuple[Work, ...] = ()
     stream: Shard | None = None
 
+    @property
+    def shard(self) -> str:
+        """The shard's URL."""
+        return self.stream.url if self.stream is not None else self.works[0].chunk.shard
+
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -192,6 +197,16 @@ class FailedShard:
 
 
 @dataclass(frozen=True)
+class CommittedChunk:
+    """Stands where a stream's chunk would that has a part already.
+
+    If a node is lost, Ray reads a shard again for the chunks that were lost, and knows them by their number in it.
+    """
+
+    chunk_id: str
+
+
+@dataclass(frozen=True)
 class Generation:
     """What the engine made of one request: a field for each output column that only the engine knows."""
 
@@ -239,6 +254,16 @@ class ChunkReport:
     first_error: str | None = None
     engine_ready_at: float | None = None
     """When the engine that made the rows was ready (Unix seconds); None when another writer was first."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a run did more than once: how many engines were replaced, and how many chunks generated again."""
+
+    engines: int
+    with_nodes: int
+    """Of the engines, those that went with their node."""
+    chunks: int
 
 
 SUMS = (

@@ -35,6 +35,10 @@ class Engine(Protocol):
         """Answer one request; raises SampleError for this request alone, EngineDiedError for good."""
         ...
 
+    async def check(self) -> None:
+        """Return once the engine has shown that it goes on; raises EngineDiedError. Never returns if it hangs."""
+        ...
+
     def shutdown(self) -> None:
         """End the engine's processes."""
         ...

@@ -216,6 +216,9 @@ class ServedEngine:
                 return
             num_answers = self._num_answers
 
+    async def check(self) -> None:
+        """As the contract says; whether the deployment goes on is Serve's to watch."""
+
     def shutdown(self) -> None:
         """As the contract says; the deployment goes on."""
         self._watching.cancel()

@@ -6,6 +6,7 @@ Not covered: batching effects; every request takes its own tokens' time.
 """
 
 import asyncio
+import ctypes
 import hashlib
 import json
 import random
@@ -26,13 +27,14 @@ class SimulatedEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._simulation = spec.simulation
         self._slots = asyncio.Semaphore(spec.max_num_seqs)
-        self._dead = False
+        self._dead = self._hangs = False
 
     async def generate(self, request: EngineRequest) -> Generation:
         """As the contract says."""
         self._check_alive()
         rng = random.Random(_digest(request))
-        text = json.dumps(request.messages)
+        text = json.dumps(request.messages, ensure_ascii=False)
+        await self._suffer(text)
         image_tokens = TOKENS_PER_TILE * len(request.images)
         prompt_tokens = image_tokens + len(text.split()) + 8
         if len(request.images) > MAX_IMAGES:
@@ -74,6 +76,25 @@ class SimulatedEngine:
             answer_tokens=len(answer),
             latency_s=0.0,
         )
+
+    async def _suffer(self, text: str) -> None:
+        """What a prompt does to the engine."""
+        simulation = self._simulation
+        if simulation.kills_process is not None and simulation.kills_process in text:
+            ctypes.string_at(0)
+        if simulation.kills_engine is not None and simulation.kills_engine in text:
+            self.kill()
+        self._check_alive()
+        if simulation.hangs_engine is not None and simulation.hangs_engine in text:
+            self._hangs = True
+        if self._hangs:
+            await asyncio.Event().wait()
+
+    async def check(self) -> None:
+        """As the contract says."""
+        self._check_alive()
+        if self._hangs:
+            await asyncio.Event().wait()
 
     def kill(self) -> None:
         """Die as a real engine does: everything in flight and everything after fails."""

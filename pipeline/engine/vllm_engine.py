@@ -202,6 +202,13 @@ class VLLMEngine:
         except EngineDeadError as error:
             raise EngineDiedError(f"The engine died: {_one_line(error)}") from error
 
+    async def check(self) -> None:
+        """As the contract says: the engine core answers such questions between two steps."""
+        try:
+            await self.llm.is_sleeping()
+        except EngineDeadError as error:
+            raise EngineDiedError(f"The engine died: {_one_line(error)}") from error
+
     def shutdown(self) -> None:
         """As the contract says."""
         self.llm.shutdown()

@@ -33,6 +33,10 @@ class SimulationSpec(Section):
     answer_tokens: Annotated[int, Field(ge=1)] = 24
     seconds_per_token: Annotated[float, Field(ge=0)] = 0.0
     max_model_len: Annotated[int, Field(ge=1)] = 32768
+    kills_engine: NonEmpty | None = None
+    """A text: a prompt that holds it kills the engine. The next two likewise."""
+    kills_process: NonEmpty | None = None
+    hangs_engine: NonEmpty | None = None
 
 
 class EngineSpec(Section):

@@ -127,9 +127,13 @@ def fingerprint_parts(
 def engine_parts(engine: EngineSpec, model_identity: str) -> dict[str, str]:
     """What of an engine decides an answer; a deployment tells the same of its own (`engine.pool: serve`)."""
     deciding = engine.model_dump(include={"kind", "max_model_len", "args", "simulation"}, mode="json")
+    for name in DEADLY:
+        del deciding["simulation"][name]
     return {"engine.model": model_identity, "engine.revision": str(engine.revision), "engine": _dump(deciding)}
 
 
+DEADLY = ("kills_engine", "kills_process", "hangs_engine")
+"""What the simulated engine does not survive, which changes no answer."""
 IMAGE_LIMITS = {"max_image_pixels", "max_image_bytes", "max_image_frames", "image_formats"}
 
 

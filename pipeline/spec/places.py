@@ -43,6 +43,12 @@ class LimitsSpec(Section):
     decode_timeout_s: Annotated[float, Field(gt=0)] = 20.0
     decode_memory_bytes: Annotated[int, Field(ge=128 << 20)] = 1 << 30
     fetch_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    stall_timeout_s: Annotated[float, Field(ge=1)] = 600.0
+    """Of silence, after which an engine, a reader or a writer is killed and its work done again."""
+    max_engine_restarts: Annotated[int, Field(ge=0)] = 100
+    """In one run; an engine that goes with its node does not count."""
+    preemption_grace_s: Annotated[float, Field(ge=0)] = 60.0
+    """For an actor that is asked to end to finish what is in its engine."""
 
     @pydantic.field_validator("image_formats")
     @classmethod

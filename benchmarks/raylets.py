@@ -1,0 +1,174 @@
+"""A Ray cluster of several nodes on one host: each node has its own network namespace, so that it can be cut off.
+
+Everything is inside one more namespace, which `inside_own_network` enters by running the program anew: nothing listens
+outside. Needs root, `ip`, `unshare` and `nsenter`. Real GCS, raylets and workers; what is missing is other machines.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+INSIDE = "R4B_INSIDE_OWN_NETWORK"
+HEAD = "10.77.0.1"
+PORT = 6379
+BRIDGE = "r4b0"
+RAY = str(Path(sys.executable).with_name("ray"))
+OBJECT_STORE = 200_000_000
+
+
+def inside_own_network(module: str) -> None:
+    """Go on in a network namespace with a bridge on which the head listens; runs `python -m module` anew for that."""
+    if INSIDE not in os.environ:
+        os.environ[INSIDE] = "1"
+        os.execvp("unshare", ["unshare", "-n", sys.executable, "-m", module, *sys.argv[1:]])
+    _run("ip link set lo up")
+    _run(f"ip link add {BRIDGE} type bridge")
+    _run(f"ip addr add {HEAD}/24 dev {BRIDGE}")
+    _run(f"ip link set {BRIDGE} up")
+    _run(f"ip route add default dev {BRIDGE}")  # by which Ray finds out this host's address
+
+
+def _run(command: str) -> None:
+    subprocess.run(command.split(), check=True, capture_output=True)
+
+
+@dataclass
+class Node:
+    """A node: the process that holds its namespace, and what runs in it."""
+
+    number: int
+    holder: "subprocess.Popen[bytes]"
+    ray: "subprocess.Popen[bytes]"
+
+    @property
+    def address(self) -> str:
+        return f"10.77.0.{self.number}"
+
+    def processes(self) -> list[psutil.Process]:
+        """All of the node's."""
+        here = os.readlink(f"/proc/{self.holder.pid}/ns/net")
+        return [process for process in psutil.process_iter() if _network_of(process.pid) == here]
+
+    def cut(self) -> None:
+        """Take its network away."""
+        _run(f"ip link set veth{self.number} down")
+
+    def mend(self) -> None:
+        """Give its network back."""
+        _run(f"ip link set veth{self.number} up")
+
+    def crash(self) -> None:
+        """As a machine whose power fails: every process at once."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for started in (self.ray, self.holder):
+            started.wait()
+
+
+def _network_of(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net")
+    except OSError:
+        return None
+
+
+@dataclass
+class Raylets:
+    """The cluster. `nodes` are those that were added and not removed, the head is none of them."""
+
+    folder: Path
+    nodes: list[Node] = field(default_factory=list)
+    next_number: int = 2
+
+    @property
+    def address(self) -> str:
+        return f"{HEAD}:{PORT}"
+
+    def add_node(self, num_cpus: float = 2, num_gpus: float = 1) -> Node:
+        """Start a node; it joins within seconds."""
+        number = self.next_number
+        self.next_number += 1
+        holder = subprocess.Popen(["unshare", "-n", "sleep", "infinity"], start_new_session=True)
+        while _network_of(holder.pid) == _network_of(os.getpid()):
+            time.sleep(0.01)
+        _run(f"ip link add veth{number} type veth peer name eth0 netns {holder.pid}")
+        _run(f"ip link set veth{number} master {BRIDGE} up")
+        enter = ["nsenter", "-t", str(holder.pid), "-n"]
+        for command in (
+            "ip link set lo up",
+            f"ip addr add 10.77.0.{number}/24 dev eth0",
+            "ip link set eth0 up",
+            f"ip route add default via {HEAD}",
+        ):
+            _run(" ".join([*enter, command]))
+        resources = [f"--num-cpus={num_cpus:g}", f"--num-gpus={num_gpus:g}"]
+        start = [RAY, "start", f"--address={self.address}", f"--node-ip-address=10.77.0.{number}", *resources]
+        node = Node(number, holder, self._start([*enter, *start]))
+        self.nodes.append(node)
+        return node
+
+    def remove(self, node: Node) -> None:
+        """Crash a node for good."""
+        node.crash()
+        self.nodes.remove(node)
+
+    def start_head(self) -> "subprocess.Popen[bytes]":
+        """GCS and a raylet that runs no work."""
+        start = [RAY, "start", "--head", f"--node-ip-address={HEAD}", f"--port={PORT}", "--num-cpus=0", "--num-gpus=0"]
+        return self._start([*start, "--include-dashboard=false", f"--temp-dir={self.folder}"])
+
+    def _start(self, command: list[str]) -> "subprocess.Popen[bytes]":
+        more = ["--block", f"--object-store-memory={OBJECT_STORE}", "--disable-usage-stats"]
+        with (self.folder / "starts.log").open("ab") as log:
+            return subprocess.Popen([*command, *more], stdout=log, stderr=log, start_new_session=True)
+
+
+@contextlib.contextmanager
+def running_raylets(num_nodes: int, num_cpus: float = 2, num_gpus: float = 1) -> Iterator[Raylets]:
+    """A head and nodes, for as long as the block runs. RAY_ADDRESS names the cluster."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that what was started is ended
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        cluster = Raylets(Path(folder))
+        head = cluster.start_head()
+        os.environ["RAY_ADDRESS"] = cluster.address
+        try:
+            wait_for_head()
+            for _ in range(num_nodes):
+                cluster.add_node(num_cpus, num_gpus)
+            yield cluster
+        finally:
+            for node in list(cluster.nodes):
+                cluster.remove(node)
+            kill_family(head)
+
+
+def wait_for_head(seconds: float = 60) -> None:
+    """Until its GCS listens."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection((HEAD, PORT), timeout=1):
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError("Ray's head did not start.")
+        time.sleep(0.2)
+
+
+def kill_family(process: "subprocess.Popen[bytes]") -> None:
+    """SIGKILL a process that was started here, and its children."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGKILL)
+    process.kill()
+    process.wait()

@@ -1,0 +1,249 @@
+"""Watches over a job's processes: a Ray actor beside the driver, to which engines, readers and writers make reports.
+
+It knows which chunks are in which engine, so that it can tell which were there when one died (`pipeline.suspects`), and
+which process has fallen silent, which it has killed, so that Ray does the work again elsewhere. It holds no rows but
+the answers of a suspect's. If it is lost, the job goes on: a guilty row then costs more engines.
+Not covered: engines that answer nothing although their process lives; their actor asks them (`pipeline.engine_actor`).
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.records import Losses
+from pipeline.spec import LimitsSpec
+from pipeline.suspects import Result, Rows, Suspects, Trial
+
+BEATS_IN_A_TIMEOUT = 10
+MAX_DEATHS_IN_A_ROW = 12
+"""Of one actor's engines, none of which answered anything."""
+MAX_TOLD = 3
+COUNT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Life:
+    """A process that does work. An actor has another life each time it is restarted; `owner` stays."""
+
+    owner: str
+    node_id: str
+    pid: int
+    started: float
+
+    @classmethod
+    def here(cls) -> "Life":
+        """This process's, for the actor or the task that runs in it."""
+        context = ray.get_runtime_context()
+        owner = context.get_actor_id() or context.get_task_id() or context.get_worker_id()
+        return cls(owner, context.get_node_id(), os.getpid(), psutil.Process().create_time())
+
+
+@dataclass
+class _Present:
+    """What is known of a process that lives."""
+
+    heard_at: float
+    name: str = ""
+    chunks: dict[str, tuple[str, Rows | None]] = field(default_factory=dict)
+    """Chunks in its engine: a name for people, and the rows on trial."""
+
+
+class Watch:
+    """The actor's class; `start_watch` makes the actor. Times are its own clock's."""
+
+    def __init__(self, limits: LimitsSpec) -> None:
+        self._limits = limits
+        self._present: dict[Life, _Present] = {}
+        self._over: dict[str, Life] = {}
+        """The last life of each owner that has ended; what it may still say counts no more."""
+        self._suspects = Suspects()
+        self._deaths: list[str] = []
+        self._num_deaths = self._num_lost = self._num_begun = 0
+        self._in_a_row: dict[str, int] = {}
+        self._any_ready = False
+        self._reaper: asyncio.Task[None] | None = None
+
+    async def enter(self, life: Life) -> str | None:
+        """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
+        self._hear(life)
+        for earlier in [one for one in self._present if one.owner == life.owner and one != life]:
+            if await asyncio.to_thread(is_node_alive, earlier.node_id):
+                self._charge(earlier, "its process ended")
+            else:
+                self._num_lost += 1
+            self._end(earlier)
+        return self._verdict(life.owner)
+
+    async def ready(self, life: Life) -> None:
+        """Its engine has started."""
+        self._hear(life)
+        self._any_ready = True
+
+    async def may_fail_to_start(self) -> bool:
+        """Whether an engine of this job has started before: then one that does not is its machine's fault."""
+        return self._any_ready
+
+    async def begin(self, life: Life, chunk_id: str, name: str, rows: Sequence[int]) -> Trial | None:
+        """A chunk goes into the engine beside others, unless it is a suspect: then it does not, and gets a trial."""
+        present = self._hear(life)
+        self._num_begun += 1
+        trial = self._suspects.trial(chunk_id, rows)
+        if trial is None:
+            present.chunks[chunk_id] = (name, None)
+        return trial
+
+    async def try_rows(self, life: Life, chunk_id: str, name: str, rows: Rows) -> None:
+        """These rows of a suspect go into the engine, and nothing else is in it."""
+        self._hear(life).chunks[chunk_id] = (name, rows)
+
+    async def keep(self, life: Life, chunk_id: str, results: dict[int, Result]) -> None:
+        """They are answered."""
+        self._hear(life).chunks.pop(chunk_id, None)
+        self._in_a_row.pop(life.owner, None)
+        self._suspects.keep(chunk_id, results)
+
+    async def end(self, life: Life, chunk_id: str) -> None:
+        """All rows of a chunk are answered."""
+        self._hear(life).chunks.pop(chunk_id, None)
+        self._in_a_row.pop(life.owner, None)
+        self._suspects.done(chunk_id)
+
+    async def beat(self, life: Life, name: str = "") -> None:
+        """The process lives."""
+        self._hear(life).name = name
+
+    async def leave(self, life: Life) -> None:
+        """It ends its work properly: what it holds is no suspect for that."""
+        self._end(life)
+
+    async def died(self, life: Life, cause: str) -> None:
+        """Its engine died, and the process ends with it."""
+        self._charge(life, cause)
+        self._end(life)
+
+    async def count(self) -> tuple[int, int, int]:
+        """Engines that died so far, engines that went with their node, and how often a chunk was begun."""
+        return self._num_deaths, self._num_lost, self._num_begun
+
+    def _hear(self, life: Life) -> _Present:
+        if self._reaper is None:
+            self._reaper = asyncio.ensure_future(self._reap())
+        present = _Present(0) if self._over.get(life.owner) == life else self._present.setdefault(life, _Present(0))
+        present.heard_at = time.monotonic()
+        return present
+
+    def _end(self, life: Life) -> None:
+        self._present.pop(life, None)
+        self._over[life.owner] = life
+
+    def _charge(self, life: Life, cause: str) -> None:
+        present = self._present.get(life)
+        if present is None:
+            return
+        for chunk_id, (_, rows) in present.chunks.items():
+            self._suspects.charge(chunk_id, rows)
+        self._num_deaths += 1
+        self._in_a_row[life.owner] = self._in_a_row.get(life.owner, 0) + 1
+        names = [name for name, _ in present.chunks.values()]
+        self._deaths = [*self._deaths, f"{cause}; in it: {', '.join(names[:MAX_TOLD]) or 'nothing'}"][-MAX_TOLD:]
+
+    def _verdict(self, owner: str) -> str | None:
+        told = "\n".join(f"  {death}" for death in self._deaths)
+        if self._in_a_row.get(owner, 0) >= MAX_DEATHS_IN_A_ROW:
+            return f"{MAX_DEATHS_IN_A_ROW} engines of one actor died in a row, without an answer. The last:\n{told}"
+        if self._num_deaths > self._limits.max_engine_restarts:
+            return (
+                f"{self._num_deaths} engines died, more than limits.max_engine_restarts = "
+                f"{self._limits.max_engine_restarts} allows. The last:\n{told}"
+            )
+        return None
+
+    async def _reap(self) -> None:
+        """Have every process killed that has been silent for too long."""
+        timeout_s = self._limits.stall_timeout_s
+        while True:
+            await asyncio.sleep(timeout_s / BEATS_IN_A_TIMEOUT)
+            now = time.monotonic()
+            for life, present in list(self._present.items()):
+                if now - present.heard_at <= timeout_s or not (present.chunks or present.name):
+                    continue
+                if present.chunks:
+                    self._charge(life, f"its process was silent for {timeout_s:g} s and was killed")
+                self._end(life)
+                kill_there(life)
+
+
+def start_watch(limits: LimitsSpec) -> Any:
+    """The actor, on the driver's node: it is lost only with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(**options)(Watch).options(max_concurrency=1000).remote(limits)
+
+
+def count_losses(watch: Any, num_chunks: int) -> Losses:
+    """What a run that has made `num_chunks` parts did more than once; nothing is known if the watch was lost."""
+    try:
+        died, lost, begun = ray.get(watch.count.remote(), timeout=COUNT_S)
+    except ray.exceptions.RayError:
+        return Losses(0, 0, 0)
+    return Losses(died + lost, lost, max(0, begun - num_chunks))
+
+
+def is_node_alive(node_id: str) -> bool:
+    """As the cluster knows it now. Blocks."""
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def kill_there(life: Life) -> None:
+    """SIGKILL a process and its children on whichever node it runs, from that node."""
+    there = NodeAffinitySchedulingStrategy(life.node_id, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(kill_process)
+    task.remote(life.pid, life.started)
+
+
+def kill_process(pid: int, started: float) -> None:
+    """SIGKILL a process of this machine and its children, unless another has its number now."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.create_time() == started:
+            kill_children(process)
+            process.kill()
+
+
+def kill_children(process: psutil.Process) -> None:
+    """SIGKILL everything that a process has started: an engine that hangs does not see its parent go."""
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+@contextlib.contextmanager
+def attended(watch: Any, name: str, limits: LimitsSpec) -> Iterator[None]:
+    """Let the watch know of a task as long as it runs."""
+    if watch is None:
+        yield
+        return
+    life, over = Life.here(), threading.Event()
+
+    def beat() -> None:
+        while not over.is_set():
+            watch.beat.remote(life, name)
+            over.wait(limits.stall_timeout_s / BEATS_IN_A_TIMEOUT)
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        watch.leave.remote(life)
