@@ -123,10 +123,10 @@ class Raylets:
         node.crash()
         self.nodes.remove(node)
 
-    def start_head(self) -> "subprocess.Popen[bytes]":
+    def start_head(self, *options: str) -> "subprocess.Popen[bytes]":
         """GCS and a raylet that runs no work."""
         start = [RAY, "start", "--head", f"--node-ip-address={HEAD}", f"--port={PORT}", "--num-cpus=0", "--num-gpus=0"]
-        return self._start([*start, "--include-dashboard=false", f"--temp-dir={self.folder}"])
+        return self._start([*start, "--include-dashboard=false", f"--temp-dir={self.folder}", *options])
 
     def _start(self, command: list[str]) -> "subprocess.Popen[bytes]":
         more = ["--block", f"--object-store-memory={OBJECT_STORE}", "--disable-usage-stats"]

@@ -14,11 +14,13 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from jobs.publish import publish_command, published
 from jobs.spec_file import load_spec
+from jobs.submit import submit
 from jobs.terminal import endpoint_option, exits_cleanly, heeded_interrupt, json_option, say, set_option, storage_at
 from pipeline.errors import SpecError
 from pipeline.plan import Plan, make_plan
-from pipeline.records import ChunkReport, Manifest, Work
+from pipeline.records import ChunkReport, Losses, Manifest, Work
 from pipeline.spec import JobSpec
 
 
@@ -62,6 +64,7 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
     from pipeline.batch import run_batch
 
     generated = 0
+    losses: list[Losses] = []
     with ExitStack() as stack:
         bar: Any = None
         heed_interrupt = stack.enter_context(heeded_interrupt())
@@ -82,7 +85,13 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
             generated += report.num_rows
             bar.update(report.num_rows)
 
-        manifest = run_batch(job, on_start=on_start, on_commit=on_commit, **options)
+        manifest = run_batch(job, on_start=on_start, on_commit=on_commit, on_losses=losses.append, **options)
+    for lost in losses:
+        if lost.engines or lost.chunks:
+            say(
+                f"{lost.engines} engines were lost and replaced, {lost.with_nodes} of them with their nodes; "
+                f"{lost.chunks} chunks were generated again"
+            )
     return manifest, generated
 
 
@@ -276,3 +285,8 @@ def serve(settings: str | None, overrides: tuple[str, ...], host: str, port: int
     say("Starting the engine; this takes from half a minute to some minutes.")
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     serve_here(data, host, port, lambda: say(f"Serving at {address}/v1, playground at {address}/. Ctrl-C stops."))
+
+
+main.add_command(submit)
+main.add_command(publish_command)
+main.add_command(published)

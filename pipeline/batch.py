@@ -51,7 +51,7 @@ from pipeline.records import (
 )
 from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
-from pipeline.watch import attended, count_losses, start_watch
+from pipeline.watch import attend, count_losses, start_watch
 
 MIN_ROWS_FOR_ERROR_RATE = 100
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
@@ -144,19 +144,16 @@ def readings_to_dataset(readings: list[Reading]) -> ray.data.Dataset:
 
 def read_batches(batch: pa.Table, settings: ReadSettings, output: Output | None, watch: Any) -> Iterator[pa.Table]:
     """CPU task: one pass over a shard; fetches, checks, decodes and renders, and gives a block for each chunk."""
-    reading: Reading = from_batch(batch)
     is_committed = (lambda chunk_id: False) if output is None else partial(has_part, output)
-    with attended(watch, f"reading {reading.shard}", settings.job.limits):
-        yield from map(to_batch, read_chunks(reading, settings, is_committed))  # no name holds a chunk longer
+    attend(watch, settings.job.limits)
+    yield from map(to_batch, read_chunks(from_batch(batch), settings, is_committed))  # no name holds a chunk longer
 
 
 def commit_batch(batch: pa.Table, output: Output, watch: Any) -> pa.Table:
     """CPU task: one atomic write."""
+    attend(watch, output.job.limits)
     chunk = from_batch(batch)
-    if not isinstance(chunk, GeneratedChunk):
-        return batch
-    with attended(watch, f"writing {chunk.work.chunk.chunk_id}", output.job.limits):
-        return to_batch(commit_chunk(chunk, output))
+    return to_batch(commit_chunk(chunk, output)) if isinstance(chunk, GeneratedChunk) else batch
 
 
 # Together one core, so that a job runs on a machine that has no more. A read must not reserve what a CPU engine

@@ -27,7 +27,7 @@ from pipeline.records import GeneratedChunk, ReadChunk, Task
 from pipeline.spec import JobSpec
 from pipeline.suspects import Result, Trial
 from pipeline.transport import from_batch, to_batch
-from pipeline.watch import BEATS_IN_A_TIMEOUT, Life, kill_children
+from pipeline.watch import BEATS_IN_A_TIMEOUT, Beats, Life, kill_children
 
 T = TypeVar("T")
 
@@ -48,6 +48,7 @@ class EngineActor:
         self.made_with = made_with
         self.watch = watch
         self.life = Life.here()
+        self.beats = Beats(watch, self.life, job.limits)  # a model that loads holds up the event loop
         self.engine: Any = None
         self.ready_at = 0.0
         self.starting = asyncio.Lock()
@@ -92,6 +93,7 @@ class EngineActor:
         self.ready_at = time.time()
         self.turns = aiorwlock.RWLock()
         self.engine = engine
+        self.beats.stop()
         self.watching = asyncio.ensure_future(self._keep_watch())
 
     async def _answer_chunk(self, chunk: ReadChunk) -> Sequence[Result]:
@@ -155,7 +157,9 @@ class EngineActor:
 
     async def _die(self, cause: str) -> NoReturn:
         """End the process; Ray starts another one and does again what this one held."""
-        gone = self.watch.leave.remote(self.life) if self.leaving.is_set() else self.watch.died.remote(self.life, cause)
+        gone = (
+            self.watch.depart.remote(self.life) if self.leaving.is_set() else self.watch.died.remote(self.life, cause)
+        )
         await self._ask(gone)
         self._exit()
 
@@ -176,6 +180,6 @@ class EngineActor:
         deadline = time.monotonic() + self.job.limits.preemption_grace_s
         while self.num_begun and time.monotonic() < deadline:
             time.sleep(0.1)
-        self.watch.leave.remote(self.life)
+        self.watch.depart.remote(self.life)
         time.sleep(DELIVERY_S)
         self._exit()

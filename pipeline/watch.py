@@ -8,15 +8,17 @@ Not covered: engines that answer nothing although their process lives; their act
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.records import Losses
@@ -32,7 +34,7 @@ COUNT_S = 10.0
 
 @dataclass(frozen=True)
 class Life:
-    """A process that does work. An actor has another life each time it is restarted; `owner` stays."""
+    """A process that does work. An actor has another life each time it is restarted; its `owner`, the actor, stays."""
 
     owner: str
     node_id: str
@@ -41,9 +43,9 @@ class Life:
 
     @classmethod
     def here(cls) -> "Life":
-        """This process's, for the actor or the task that runs in it."""
+        """This process's."""
         context = ray.get_runtime_context()
-        owner = context.get_actor_id() or context.get_task_id() or context.get_worker_id()
+        owner = context.get_actor_id() or context.get_worker_id()
         return cls(owner, context.get_node_id(), os.getpid(), psutil.Process().create_time())
 
 
@@ -52,7 +54,9 @@ class _Present:
     """What is known of a process that lives."""
 
     heard_at: float
-    name: str = ""
+    is_engine: bool = False
+    replacing: Any = None
+    """The task that has it killed."""
     chunks: dict[str, tuple[str, Rows | None]] = field(default_factory=dict)
     """Chunks in its engine: a name for people, and the rows on trial."""
 
@@ -64,7 +68,7 @@ class Watch:
         self._limits = limits
         self._present: dict[Life, _Present] = {}
         self._over: dict[str, Life] = {}
-        """The last life of each owner that has ended; what it may still say counts no more."""
+        """The last life of each actor that has ended; what it may still say counts no more."""
         self._suspects = Suspects()
         self._deaths: list[str] = []
         self._num_deaths = self._num_lost = self._num_begun = 0
@@ -74,7 +78,7 @@ class Watch:
 
     async def enter(self, life: Life) -> str | None:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
-        self._hear(life)
+        self._hear(life).is_engine = True
         for earlier in [one for one in self._present if one.owner == life.owner and one != life]:
             if await asyncio.to_thread(is_node_alive, earlier.node_id):
                 self._charge(earlier, "its process ended")
@@ -117,12 +121,12 @@ class Watch:
         self._in_a_row.pop(life.owner, None)
         self._suspects.done(chunk_id)
 
-    async def beat(self, life: Life, name: str = "") -> None:
+    async def beat(self, life: Life) -> None:
         """The process lives."""
-        self._hear(life).name = name
+        self._hear(life)
 
-    async def leave(self, life: Life) -> None:
-        """It ends its work properly: what it holds is no suspect for that."""
+    async def depart(self, life: Life) -> None:
+        """An actor ends its work properly: what it holds is no suspect for that."""
         self._end(life)
 
     async def died(self, life: Life, cause: str) -> None:
@@ -174,12 +178,20 @@ class Watch:
             await asyncio.sleep(timeout_s / BEATS_IN_A_TIMEOUT)
             now = time.monotonic()
             for life, present in list(self._present.items()):
-                if now - present.heard_at <= timeout_s or not (present.chunks or present.name):
-                    continue
-                if present.chunks:
-                    self._charge(life, f"its process was silent for {timeout_s:g} s and was killed")
-                self._end(life)
-                kill_there(life)
+                if now - present.heard_at > timeout_s:
+                    present.heard_at = math.inf  # looked at once
+                    present.replacing = asyncio.ensure_future(self._replace(life, present))
+
+    async def _replace(self, life: Life, present: _Present) -> None:
+        """Have a silent process killed; one that had ended by itself is blamed for what was in it."""
+        try:
+            was_there = await kill_there(life)
+        except RayError:  # its node is gone, and whatever was in it is blamed for nothing
+            self._present.pop(life, None)
+            return
+        if present.is_engine and (was_there or present.chunks):
+            self._charge(life, f"its process was silent for {self._limits.stall_timeout_s:g} s")
+        self._end(life) if present.is_engine else self._present.pop(life, None)
 
 
 def start_watch(limits: LimitsSpec) -> Any:
@@ -193,7 +205,7 @@ def count_losses(watch: Any, num_chunks: int) -> Losses:
     """What a run that has made `num_chunks` parts did more than once; nothing is known if the watch was lost."""
     try:
         died, lost, begun = ray.get(watch.count.remote(), timeout=COUNT_S)
-    except ray.exceptions.RayError:
+    except RayError:
         return Losses(0, 0, 0)
     return Losses(died + lost, lost, max(0, begun - num_chunks))
 
@@ -203,20 +215,23 @@ def is_node_alive(node_id: str) -> bool:
     return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
-def kill_there(life: Life) -> None:
-    """SIGKILL a process and its children on whichever node it runs, from that node."""
+def kill_there(life: Life) -> Awaitable[bool]:
+    """SIGKILL a process and its children on whichever node it runs, from that node; tells whether it was there."""
     there = NodeAffinitySchedulingStrategy(life.node_id, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(kill_process)
-    task.remote(life.pid, life.started)
+    killed: Awaitable[bool] = task.remote(life.pid, life.started)
+    return killed
 
 
-def kill_process(pid: int, started: float) -> None:
-    """SIGKILL a process of this machine and its children, unless another has its number now."""
+def kill_process(pid: int, started: float) -> bool:
+    """SIGKILL a process of this machine and its children, unless it is gone or another has its number now."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         if process.create_time() == started:
             kill_children(process)
             process.kill()
+            return True
+    return False
 
 
 def kill_children(process: psutil.Process) -> None:
@@ -226,24 +241,34 @@ def kill_children(process: psutil.Process) -> None:
             child.kill()
 
 
-@contextlib.contextmanager
-def attended(watch: Any, name: str, limits: LimitsSpec) -> Iterator[None]:
-    """Let the watch know of a task as long as it runs."""
-    if watch is None:
-        yield
+class Beats:
+    """A thread that lets the watch know, until `stop`, that this process lives."""
+
+    def __init__(self, watch: Any, life: Life, limits: LimitsSpec) -> None:
+        self._over = threading.Event()
+
+        def beat() -> None:
+            while not self._over.is_set():
+                watch.beat.remote(life)
+                self._over.wait(limits.stall_timeout_s / BEATS_IN_A_TIMEOUT)
+
+        self._thread = threading.Thread(target=beat, name="beats", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """None comes after this."""
+        self._over.set()
+        self._thread.join()
+
+
+_beats: dict[Any, Beats] = {}
+"""This process's, by their watch, if it runs tasks."""
+
+
+def attend(watch: Any, limits: LimitsSpec) -> None:
+    """Let the watch know of this process as long as it lives: Ray gives it one task after another."""
+    if watch in _beats:
         return
-    life, over = Life.here(), threading.Event()
-
-    def beat() -> None:
-        while not over.is_set():
-            watch.beat.remote(life, name)
-            over.wait(limits.stall_timeout_s / BEATS_IN_A_TIMEOUT)
-
-    thread = threading.Thread(target=beat, name="beat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        watch.leave.remote(life)
+    while _beats:  # of an earlier run of the same driver
+        _beats.popitem()[1].stop()
+    _beats[watch] = Beats(watch, Life.here(), limits)

@@ -4,6 +4,7 @@ On the simulated engine, so that three kills of a 2,000-row job take a minute; R
 of kills (five there) and of two drivers run on vLLM as well, marked slow.
 """
 
+import contextlib
 import random
 import signal
 import time
@@ -169,13 +170,35 @@ def test_killed_replica_is_replaced_and_its_chunks_redone(tmp_path: Path) -> Non
     assert len(keys) == len(set(keys)) == 300
 
 
-def kill_one(root: int, title: str) -> bool:
-    """SIGKILL one process of the tree whose title has this word."""
+@pytest.mark.parametrize(
+    ("title", "number", "num_lost"),
+    [("EngineActor", signal.SIGSTOP, 1), ("read_batches", signal.SIGSTOP, 0), ("EngineActor", signal.SIGTERM, 0)],
+    ids=["actor hangs", "reader hangs", "actor is preempted"],
+)
+def test_job_goes_on_without_a_process_that_hangs_or_must_leave(
+    tmp_path: Path, title: str, number: int, num_lost: int
+) -> None:
+    write_scene_shards(tmp_path / "in", 1200)
+    spec = simulated_spec(tmp_path, simulation={"seconds_per_token": 0.02}) | {"limits": {"stall_timeout_s": 3}}
+    path, out = write_spec(tmp_path, spec), tmp_path / "out"
+    with started_r4b("run", path, "--json") as process:
+        wait_for_parts(out, 1)
+        while not kill_one(process.pid, title, number):
+            assert process.poll() is None, "the process was not there at any time"
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert (f"{num_lost} engines were lost" in stderr) == bool(num_lost), stderr
+    keys = keys_of(read_output(out))
+    assert len(keys) == len(set(keys)) == 1200
+
+
+def kill_one(root: int, title: str, number: int = signal.SIGKILL) -> bool:
+    """Send a signal to the process of the tree that has worked most of those with this word in their title."""
+    worked: dict[psutil.Process, float] = {}
     for process in psutil.Process(root).children(recursive=True):
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             if title in " ".join(process.cmdline()):
-                process.kill()
-                return True
-        except psutil.NoSuchProcess:
-            continue
-    return False
+                worked[process] = process.cpu_times().user
+    if worked:
+        max(worked, key=worked.__getitem__).send_signal(number)
+    return bool(worked)

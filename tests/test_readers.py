@@ -19,10 +19,10 @@ import pytest
 from pipeline.errors import SampleError
 from pipeline.plan import make_plan
 from pipeline.readers import read_chunks
-from pipeline.records import FailedShard, ReadChunk, Reading, Retry, Work
+from pipeline.records import CommittedChunk, FailedShard, ReadChunk, Reading, Retry, Work
 from pipeline.spec import JobSpec
 from tests.builders import IMAGE_STRUCT, image_table, make_job, numbered_png, png_bytes, write_shard
-from tests.reading import numbers_of, read_all, settings_of, tasks_of, text_of, try_all
+from tests.reading import numbers_of, read_all, readings_of, settings_of, tasks_of, text_of, try_all
 from tests.s3_server import S3Server
 
 TWO_PROMPTS = [{"id": "a", "template": "First."}, {"id": "b", "template": "Second."}]
@@ -293,6 +293,24 @@ def test_read_chunks_shard_whose_name_is_not_utf8_gives_ids_that_parquet_can_hol
 
 
 # Folders of images.
+
+
+def test_read_chunks_stream_gives_its_chunks_the_same_places_whatever_is_committed(tmp_path: Path) -> None:
+    """Ray reads a shard again for one chunk that was lost, and takes the one in its place."""
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(numbered_png(number))
+    lines = [json.dumps({"id": f"row-{number}", "image": f"{number}.png"}) for number in range(10)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    job = make_job(tmp_path / "lines.jsonl", tmp_path / "out")
+    plan = make_plan(job)
+    (reading,) = readings_of(plan)
+    settings = settings_of(job, plan)
+    first = list(read_chunks(reading, settings))
+    ids = [made.work.chunk.chunk_id for made in first if isinstance(made, ReadChunk)]
+    assert len(ids) == len(first) == 3
+    again = list(read_chunks(reading, settings, lambda chunk_id: chunk_id == ids[1]))
+    assert [type(made) for made in again] == [ReadChunk, CommittedChunk, ReadChunk]
+    assert [getattr(made, "chunk_id", None) or made.work.chunk.chunk_id for made in again] == ids  # type: ignore[union-attr]
 
 
 def folder_job(folder: Path, **sections: Any) -> JobSpec:

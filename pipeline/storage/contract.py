@@ -25,6 +25,10 @@ class Store(Protocol):
         """A seekable reader; raises ShardChangedError if the object is gone or no longer of this version."""
         ...
 
+    def open_listed(self, info: ObjectInfo) -> BinaryIO:
+        """As `open`, of an object as a listing showed it, which spares a request; a change may show as it is read."""
+        ...
+
     def read(self, url: str, version: str | None = None) -> bytes: ...
 
     def stat(self, url: str) -> ObjectInfo | None:
@@ -33,6 +37,10 @@ class Store(Protocol):
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
         """Write in one step; False, and nothing changed, when the name is taken."""
+        ...
+
+    def put_file_if_absent(self, url: str, file: BinaryIO) -> bool:
+        """As `put_if_absent`, with all that a seekable file holds: it is read from its beginning, piece by piece."""
         ...
 
     def put(self, url: str, data: bytes) -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import glob
+import io
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from typing import BinaryIO
 from pipeline.errors import ShardChangedError, StorageError
 from pipeline.storage.contract import ObjectInfo
 from pipeline.storage.urls import absolute_url, is_glob
+
+COPY_BYTES = 1 << 20
 
 
 class LocalStore:
@@ -57,6 +61,9 @@ class LocalStore:
         except OSError as error:
             raise StorageError(f"{url} cannot be read: {error.strerror}.") from error
 
+    def open_listed(self, info: ObjectInfo) -> BinaryIO:
+        return self.open(info.url, info.version)
+
     def read(self, url: str, version: str | None = None) -> bytes:
         with self.open(url, version) as file:
             return file.read()
@@ -69,8 +76,12 @@ class LocalStore:
         return self._info(absolute_url(url)) if stat.S_ISREG(status.st_mode) else None
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
+        return self.put_file_if_absent(url, io.BytesIO(data))
+
+    def put_file_if_absent(self, url: str, file: BinaryIO) -> bool:
         path = absolute_url(url)
-        with self._complete_file(path, data) as temporary:
+        file.seek(0)
+        with self._complete_file(path, file) as temporary:
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -79,12 +90,12 @@ class LocalStore:
 
     def put(self, url: str, data: bytes) -> None:
         path = absolute_url(url)
-        with self._complete_file(path, data) as temporary:
+        with self._complete_file(path, io.BytesIO(data)) as temporary:
             os.replace(temporary, path)
 
     def replace(self, url: str, data: bytes, version: str) -> bool:
         path = absolute_url(url)
-        with self._complete_file(path, data) as temporary, _locked(path):
+        with self._complete_file(path, io.BytesIO(data)) as temporary, _locked(path):
             current = self.stat(path)
             if current is None or current.version != version:
                 return False
@@ -92,8 +103,8 @@ class LocalStore:
         return True
 
     @contextlib.contextmanager
-    def _complete_file(self, path: str, data: bytes) -> Iterator[str]:
-        """A temporary file beside `path`'s folder with all of `data` safely on the disk; removed in the end."""
+    def _complete_file(self, path: str, source: BinaryIO) -> Iterator[str]:
+        """A temporary file in `path`'s folder with all of `source` safely on the disk; removed in the end."""
         folder = os.path.dirname(path)
         try:
             os.makedirs(folder, exist_ok=True)
@@ -102,7 +113,7 @@ class LocalStore:
             raise StorageError(f"{folder} cannot be written: {error.strerror}.") from error
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                shutil.copyfileobj(source, file, COPY_BYTES)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)

@@ -2,14 +2,15 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any, BinaryIO, cast
 
 import boto3
 import botocore.config
 import botocore.exceptions
 import tenacity
+from boto3.s3.transfer import TransferConfig
 
 from pipeline.errors import ShardChangedError, SpecError, StorageError, StoreUnavailableError
 from pipeline.spec import StorageSpec
@@ -19,10 +20,13 @@ from pipeline.storage.urls import glob_to_regex, is_glob, split_s3
 TIMEOUT_S = 30.0
 OF_ONE_OBJECT = (403, 404, 405, 412, 416)
 """HTTP statuses that may concern one object alone."""
+UPLOAD = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=8 << 20, max_concurrency=4)
+"""Of files; boto3 holds up to ten pieces in memory, and makes them larger where there would be more than 10,000."""
 
 
 @lru_cache(maxsize=8)
-def _s3_client(spec: StorageSpec, timeout_s: float) -> Any:
+def _s3_client(spec: StorageSpec, timeout_s: float, uploads_if_absent: bool = False) -> Any:
+    """A client; boto3's uploads of files take no condition, so one with `uploads_if_absent` adds it to each of them."""
     config = botocore.config.Config(
         retries={"mode": "standard", "max_attempts": 8},
         connect_timeout=timeout_s,
@@ -32,13 +36,21 @@ def _s3_client(spec: StorageSpec, timeout_s: float) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return boto3.client("s3", endpoint_url=spec.endpoint_url, region_name=spec.region, config=config)
+    client = boto3.client("s3", endpoint_url=spec.endpoint_url, region_name=spec.region, config=config)
+    if uploads_if_absent:
+        client.meta.events.register("provide-client-params.s3.CompleteMultipartUpload", _add_if_absent)
+    return client
+
+
+def _add_if_absent(params: dict[str, Any], **_: Any) -> None:
+    params["IfNoneMatch"] = "*"
 
 
 class S3Store:
     """Any store that speaks S3 and honours `If-None-Match: *` (others lose only the guard against races)."""
 
     def __init__(self, spec: StorageSpec, timeout_s: float = TIMEOUT_S) -> None:
+        self._settings = (spec, timeout_s)
         try:
             self.client = _s3_client(spec, timeout_s)
         except (ValueError, botocore.exceptions.BotoCoreError) as error:
@@ -61,29 +73,49 @@ class S3Store:
                     yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
-        info = self.stat(url)
+        with _told(url):
+            info = _outlast(self._head, url)
         if info is None:
             raise ShardChangedError(f"{url} is gone.")
         if version is not None and info.version != version:
             raise ShardChangedError(f"{url} changed after the job was planned; run the job again to plan it anew.")
+        return self.open_listed(info)
+
+    def open_listed(self, info: ObjectInfo) -> BinaryIO:
         return cast(BinaryIO, _S3Reader(self.client, info))
 
     def read(self, url: str, version: str | None = None) -> bytes:
         return self.open(url, version).read()
 
     def stat(self, url: str) -> ObjectInfo | None:
-        bucket, key = split_s3(url)
         with _told(url):
-            try:
-                head = self.client.head_object(Bucket=bucket, Key=key)
-            except botocore.exceptions.ClientError as error:
-                if _status(error) == 404:
-                    return None
-                raise
+            return self._head(url)
+
+    def _head(self, url: str) -> ObjectInfo | None:
+        bucket, key = split_s3(url)
+        try:
+            head = self.client.head_object(Bucket=bucket, Key=key)
+        except botocore.exceptions.ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise
         return ObjectInfo(url, head["ETag"].strip('"'), head["ContentLength"])
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
         return self._put_if(url, data, IfNoneMatch="*")
+
+    def put_file_if_absent(self, url: str, file: BinaryIO) -> bool:
+        if file.seek(0, io.SEEK_END) < UPLOAD.multipart_threshold:
+            file.seek(0)
+            return self.put_if_absent(url, file.read())
+        bucket, key = split_s3(url)
+        client = _s3_client(*self._settings, uploads_if_absent=True)
+
+        def upload() -> None:
+            file.seek(0)
+            client.upload_fileobj(file, bucket, key, Config=UPLOAD)  # aborts what it cannot complete
+
+        return _unless_taken(url, upload)
 
     def put(self, url: str, data: bytes) -> None:
         bucket, key = split_s3(url)
@@ -95,19 +127,25 @@ class S3Store:
 
     def _put_if(self, url: str, data: bytes, **condition: str) -> bool:
         bucket, key = split_s3(url)
-        with _told(url):
-            try:
-                _again(self.client.put_object, Bucket=bucket, Key=key, Body=data, **condition)
-            except botocore.exceptions.ClientError as error:
-                if _status(error) == 412 or _code(error) == "NoSuchKey":
-                    return False
-                raise
-        return True
+        put = partial(self.client.put_object, Bucket=bucket, Key=key, Body=data, **condition)
+        return _unless_taken(url, put)
 
     def delete(self, url: str) -> None:
         bucket, key = split_s3(url)
         with _told(url):
             self.client.delete_object(Bucket=bucket, Key=key)
+
+
+def _unless_taken(url: str, write: Callable[[], object]) -> bool:
+    """Write under a condition; False when it does not hold."""
+    with _told(url):
+        try:
+            _outlast(_again, write)
+        except botocore.exceptions.ClientError as error:
+            if _status(error) == 412 or _code(error) == "NoSuchKey":
+                return False
+            raise
+    return True
 
 
 class _S3Reader(io.RawIOBase):
@@ -140,7 +178,7 @@ class _S3Reader(io.RawIOBase):
         bucket, key = split_s3(self._info.url)
         with _told(self._info.url):
             try:
-                data: bytes = _again(self._get_range, bucket, key, start, stop)
+                data: bytes = _outlast(_again, self._get_range, bucket, key, start, stop)
             except botocore.exceptions.ClientError as error:
                 if _status(error) in (404, 412):
                     raise ShardChangedError(f"{self._info.url} changed or vanished while it was read.") from error
@@ -174,6 +212,29 @@ _again = tenacity.Retrying(
     reraise=True,
 )
 """Calls a function until it succeeds, up to six times within a minute."""
+
+OUTAGE_S = 300.0
+OUTAGE_STATUSES = (429, 500, 502, 503, 504)
+OUTAGE_ERRORS = (
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.HTTPClientError,
+)
+
+
+def _is_outage(error: BaseException) -> bool:
+    """The store is throttling, or not well: what boto3 has tried for some 10 to 60 seconds may succeed in a minute."""
+    if isinstance(error, botocore.exceptions.ClientError):
+        return _status(error) in OUTAGE_STATUSES
+    return isinstance(error, OUTAGE_ERRORS)
+
+
+_outlast = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(_is_outage),
+    wait=tenacity.wait_random_exponential(2, max=30),
+    stop=tenacity.stop_after_delay(OUTAGE_S),
+    reraise=True,
+)
+"""Calls a function until the store is well again. For shards and parts: what a job is begun with fails sooner."""
 
 
 @contextlib.contextmanager

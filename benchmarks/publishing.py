@@ -1,0 +1,140 @@
+"""`r4b publish` of ten thousand parts: memory against a tenth of them, kills, a reader that polls, every row once.
+
+On a disk, then on an S3 store (SeaweedFS on loopback). Parts are made by real commits. The reader looks at the
+pointer, the manifest and every file that it names, all the time, while the publish is killed at random moments.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import duckdb
+import pyarrow.dataset as ds
+import pyarrow.fs as fs
+
+from pipeline.spec import StorageSpec
+from tests.publishing import OutputMaker, PollingReader, json_of, run_measured
+from tests.running import kill_tree, r4b, started_r4b
+from tests.s3_server import S3Server, credentials_in_environment, running_s3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One kind of store."""
+
+    name: str
+    url: str
+    storage: StorageSpec
+    server: S3Server | None
+    rows: int
+
+    def command(self, num_parts: int, target: str, *more: str) -> list[str]:
+        endpoint = [] if self.server is None else ["--endpoint-url", self.server.endpoint_url]
+        return ["publish", f"{self.url}/{num_parts}", "--to", f"{self.url}/{target}", "--json", *endpoint, *more]
+
+    def fill(self, num_parts: int) -> None:
+        start = time.monotonic()
+        OutputMaker(f"{self.url}/{num_parts}", self.storage, self.rows, words=60).fill(num_parts, parts_per_shard=100)
+        print(
+            f"{self.name}: {num_parts} parts of {self.rows} rows made in {time.monotonic() - start:.0f} s", flush=True
+        )
+
+    def measure(self, num_parts: int, *more: str) -> tuple[str, float]:
+        """Publish to a fresh place, and print time and memory; gives the version and the seconds."""
+        start = time.monotonic()
+        finished, peak = run_measured(*self.command(num_parts, f"to-{num_parts}{''.join(more)}", *more), timeout=3600)
+        seconds, done = time.monotonic() - start, json_of(finished)
+        print(
+            f"{self.name}: {num_parts} parts {' '.join(more)}: {done['num_rows']} rows in {done['num_files']} files of "
+            f"{done['num_bytes'] / done['num_files'] / 1e6:.1f} MB in {seconds:.1f} s; {peak:.0f} MiB resident at most",
+            flush=True,
+        )
+        return str(done["version"]), seconds
+
+    def kill_and_resume(self, num_parts: int, old: str, whole: float, kills: int, target_size: str) -> None:
+        """Publish in another size where `old` is; kill that at random moments while a reader polls, then let it end."""
+        target = f"to-{num_parts}"
+        command = self.command(num_parts, target, "--target-size", target_size)
+        reader, rng, moments = PollingReader(f"{self.url}/{target}", self.storage, pause_s=0.05), random.Random(3), []
+        with reader.running():
+            for _ in range(kills):
+                moments.append(rng.uniform(0.4, 1.2) * whole)
+                with started_r4b(*command) as process:
+                    time.sleep(moments[-1])
+                    ended = process.poll()
+                    kill_tree(process.pid)
+                if ended is not None:
+                    print(f"{self.name}: it had ended before kill {len(moments)}")
+                    break
+            done = json_of(r4b(*command, timeout=3600))
+            polls = reader.num_polls
+            while reader.num_polls < polls + 20:
+                time.sleep(0.01)
+        shown = ", ".join(f"{moment:.1f}" for moment in moments)
+        print(
+            f"{self.name}: killed after {shown} s of {whole:.1f}; the last run wrote {done['files_written']} of "
+            f"{done['num_files']} files. {reader.num_polls} polls saw {len(reader.seen)} versions, the old one first: "
+            f"{reader.seen == [old, done['version']]}, problems: {reader.problems[:3]}",
+            flush=True,
+        )
+        self.compare(num_parts, done["target"])
+
+    def compare(self, num_parts: int, target: str) -> None:
+        """Rows of the parts and of the published files, with DuckDB: none is missing, none is there twice."""
+        endpoint = [] if self.server is None else ["--endpoint-url", self.server.endpoint_url]
+        listed = json.loads(r4b("published", target, "--json", *endpoint).stdout)
+        database = duckdb.connect()
+        database.register("found", self.dataset([file["url"] for file in listed["files"]]))
+        parts = self.dataset(f"{self.url}/{num_parts}/data")
+        database.register("parts", parts)
+        names = ", ".join(f'"{name}"' for name in parts.schema.names)
+        different = [
+            database.sql(
+                f"SELECT count(*) FROM (SELECT {names} FROM {a} EXCEPT ALL SELECT {names} FROM {b})"
+            ).fetchall()
+            for a, b in (("parts", "found"), ("found", "parts"))
+        ]
+        num_rows = database.sql("SELECT count(*), count(DISTINCT sample_id) FROM found").fetchall()
+        print(f"{self.name}: DuckDB finds (rows, ids) {num_rows}; missing and added rows: {different}", flush=True)
+
+    def dataset(self, where: str | list[str]) -> ds.Dataset:
+        if self.server is None:
+            return ds.dataset(where, format="parquet")
+        host = self.server.endpoint_url.removeprefix("http://")
+        store = fs.S3FileSystem(endpoint_override=host, scheme="http", region="us-east-1")
+        paths = where.removeprefix("s3://") if isinstance(where, str) else [url.removeprefix("s3://") for url in where]
+        return ds.dataset(paths, format="parquet", filesystem=store)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=int, default=10_000)
+    parser.add_argument("--rows", type=int, default=64, help="Of a part.")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--target-size", default="5MB", help="While it is killed; otherwise the default.")
+    parser.add_argument("--store", choices=["disk", "s3", "both"], default="both")
+    args = parser.parse_args()
+    for kind in ["disk", "s3"] if args.store == "both" else [args.store]:
+        with (
+            running_s3() if kind == "s3" else nullcontext() as server,
+            credentials_in_environment(server) if server else nullcontext(),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            url = server.fresh_prefix("publishing") if server else folder
+            storage = StorageSpec(endpoint_url=server.endpoint_url if server else None)
+            bench = Bench(kind, url, storage, server, args.rows)
+            old, whole = "", 0.0
+            for num_parts in (args.parts // 10, args.parts):
+                bench.fill(num_parts)
+                old, whole = bench.measure(num_parts)
+                if kind == "disk":
+                    bench.measure(num_parts, "--partition-by", "kind")
+            bench.kill_and_resume(args.parts, old, whole, args.kills, args.target_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A store that breaks one request in five: the job ends right. A store that throttles is not pressed."""
+
+import io
+import threading
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipeline.batch import run_batch
+from pipeline.spec import parse_spec
+from tests.builders import image_table
+from tests.running import simulated_spec
+from tests.s3_server import S3Server
+from tests.store_proxy import KINDS, running_proxy
+
+SHARE = 0.2
+
+
+def put_shards(s3: S3Server, prefix: str, num_rows: int, rows_per_shard: int = 50) -> None:
+    for first in range(0, num_rows, rows_per_shard):
+        buffer = io.BytesIO()
+        pq.write_table(image_table(rows_per_shard, first), buffer, row_group_size=25)
+        s3.put(f"{prefix}/in/{first:06d}.parquet", buffer.getvalue())
+
+
+def spec_over(folder: Path, prefix: str, endpoint_url: str) -> dict[str, object]:
+    spec = simulated_spec(folder)
+    return spec | {
+        "input": {"url": f"{prefix}/in/"},
+        "prompts": [{"id": "p", "template": "What is this?"}],
+        "output": {"url": f"{prefix}/out/", "chunk_rows": 25},
+        "storage": {"endpoint_url": endpoint_url, "region": "us-east-1"},
+    }
+
+
+def test_job_ends_right_on_a_store_that_breaks_one_request_in_five(tmp_path: Path, s3: S3Server) -> None:
+    prefix = s3.fresh_prefix("faults")
+    put_shards(s3, prefix, 300)
+    with running_proxy(s3.endpoint_url, seed=3, rate=SHARE, stall_s=1) as proxy:
+        manifest = run_batch(parse_spec(spec_over(tmp_path, prefix, proxy.url), "the test's spec"))
+        assert set(proxy.broken) == set(KINDS)
+    assert (manifest.num_rows, manifest.num_errors) == (300, 0)
+    parts = [s3.get(url) for url in s3.list(f"{prefix}/out/data/")]
+    ids = [row for data in parts for row in pq.read_table(io.BytesIO(data)).column("sample_id").to_pylist()]
+    assert sorted(ids) == sorted(f"row-{n}" for n in range(300))
+
+
+def test_job_outlasts_a_store_that_throttles_and_does_not_press_it(tmp_path: Path, s3: S3Server) -> None:
+    prefix = s3.fresh_prefix("throttled")
+    put_shards(s3, prefix, 300)
+    with running_proxy(s3.endpoint_url, kinds=("503",)) as proxy:
+        begun: list[float] = []
+
+        def throttle() -> None:
+            while proxy.gets <= 7:  # the plan reads each of the six shards' footers
+                time.sleep(0.05)
+            begun.append(time.monotonic() - proxy.started)
+            proxy.rate = 1.0
+            time.sleep(25)
+            proxy.rate = 0.0
+
+        thread = threading.Thread(target=throttle)
+        thread.start()
+        manifest = run_batch(parse_spec(spec_over(tmp_path, prefix, proxy.url), "the test's spec"))
+        thread.join()
+    assert (manifest.num_rows, manifest.num_errors) == (300, 0)
+    seconds = range(int(begun[0]) + 5, int(begun[0]) + 25)
+    assert proxy.broken["503"] > 0
+    assert sum(proxy.arrived[second] for second in seconds) < 5 * len(seconds)
