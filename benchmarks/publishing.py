@@ -17,6 +17,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as fs
 
 from pipeline.spec import StorageSpec
+from pipeline.storage import open_store
 from tests.publishing import OutputMaker, PollingReader, json_of, run_measured
 from tests.running import kill_tree, r4b, started_r4b
 from tests.s3_server import S3Server, credentials_in_environment, running_s3
@@ -43,8 +44,8 @@ class Bench:
             f"{self.name}: {num_parts} parts of {self.rows} rows made in {time.monotonic() - start:.0f} s", flush=True
         )
 
-    def measure(self, num_parts: int, *more: str) -> tuple[str, float]:
-        """Publish to a fresh place, and print time and memory; gives the version and the seconds."""
+    def measure(self, num_parts: int, *more: str) -> str:
+        """Publish to a fresh place, and print time and memory; gives the version."""
         start = time.monotonic()
         finished, peak = run_measured(*self.command(num_parts, f"to-{num_parts}{''.join(more)}", *more), timeout=3600)
         seconds, done = time.monotonic() - start, json_of(finished)
@@ -53,35 +54,38 @@ class Bench:
             f"{done['num_bytes'] / done['num_files'] / 1e6:.1f} MB in {seconds:.1f} s; {peak:.0f} MiB resident at most",
             flush=True,
         )
-        return str(done["version"]), seconds
+        return str(done["version"])
 
-    def kill_and_resume(self, num_parts: int, old: str, whole: float, kills: int, target_size: str) -> None:
-        """Publish in another size where `old` is; kill that at random moments while a reader polls, then let it end."""
+    def kill_and_resume(self, num_parts: int, old: str, kills: int, target_size: str) -> None:
+        """Publish in another size where `old` is; kill that at random moments while a reader polls; let it end."""
         target = f"to-{num_parts}"
         command = self.command(num_parts, target, "--target-size", target_size)
-        reader, rng, moments = PollingReader(f"{self.url}/{target}", self.storage, pause_s=0.05), random.Random(3), []
+        reader, rng, left = PollingReader(f"{self.url}/{target}", self.storage, pause_s=0.05), random.Random(3), [0]
         with reader.running():
             for _ in range(kills):
-                moments.append(rng.uniform(0.4, 1.2) * whole)
+                wanted, delay = left[-1] + rng.randint(0, 5), rng.uniform(0, 2)
                 with started_r4b(*command) as process:
-                    time.sleep(moments[-1])
-                    ended = process.poll()
+                    while process.poll() is None and self.count_files(target, old) < wanted:
+                        time.sleep(0.05)
+                    time.sleep(delay)
                     kill_tree(process.pid)
-                if ended is not None:
-                    print(f"{self.name}: it had ended before kill {len(moments)}")
-                    break
+                left.append(self.count_files(target, old))
             done = json_of(r4b(*command, timeout=3600))
             polls = reader.num_polls
             while reader.num_polls < polls + 20:
                 time.sleep(0.01)
-        shown = ", ".join(f"{moment:.1f}" for moment in moments)
         print(
-            f"{self.name}: killed after {shown} s of {whole:.1f}; the last run wrote {done['files_written']} of "
+            f"{self.name}: files that were there after each kill: {left[1:]}; the last run wrote {done['files_written']} of "
             f"{done['num_files']} files. {reader.num_polls} polls saw {len(reader.seen)} versions, the old one first: "
             f"{reader.seen == [old, done['version']]}, problems: {reader.problems[:3]}",
             flush=True,
         )
         self.compare(num_parts, done["target"])
+
+    def count_files(self, target: str, old: str) -> int:
+        """Files of versions other than the old one."""
+        infos = open_store(self.url, self.storage).list(f"{self.url}/{target}/versions/")
+        return sum(info.url.endswith(".parquet") and old not in info.url for info in infos)
 
     def compare(self, num_parts: int, target: str) -> None:
         """Rows of the parts and of the published files, with DuckDB: none is missing, none is there twice."""
@@ -127,13 +131,13 @@ def main() -> None:
             url = server.fresh_prefix("publishing") if server else folder
             storage = StorageSpec(endpoint_url=server.endpoint_url if server else None)
             bench = Bench(kind, url, storage, server, args.rows)
-            old, whole = "", 0.0
+            old = ""
             for num_parts in (args.parts // 10, args.parts):
                 bench.fill(num_parts)
-                old, whole = bench.measure(num_parts)
+                old = bench.measure(num_parts)
                 if kind == "disk":
                     bench.measure(num_parts, "--partition-by", "kind")
-            bench.kill_and_resume(args.parts, old, whole, args.kills, args.target_size)
+            bench.kill_and_resume(args.parts, old, args.kills, args.target_size)
 
 
 if __name__ == "__main__":

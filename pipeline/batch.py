@@ -132,9 +132,11 @@ def run_readings(
             for outcome in from_batches(batch):
                 num_chunks += isinstance(outcome, ChunkReport)
                 yield outcome
-        on_losses(count_losses(watch, num_chunks))
     except Exception as error:  # Ray wraps what our own code raised in several layers of its own
         raise find_cause(error) from error
+    finally:
+        on_losses(count_losses(watch, num_chunks))
+        ray.kill(watch)  # or it would go on to judge processes that now work for another run
 
 
 def readings_to_dataset(readings: list[Reading]) -> ray.data.Dataset:

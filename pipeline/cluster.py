@@ -81,8 +81,11 @@ def find_cause(error: BaseException) -> BaseException:
             seen.args = (str(seen).partition(DATA_ADVICE)[0],)
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
-    return JobError(f"Ray: {' '.join(str(error).split())[:1000]}")
+    told = " ".join(str(error).split())
+    return JobError(f"Ray: {told}" if len(told) <= MAX_TOLD else f"Ray: {told[:300]} ... {told[-MAX_TOLD:]}")
 
 
+MAX_TOLD = 1000
+"""Characters of the end, where Ray's tracebacks say what happened."""
 DATA_ADVICE = "\nFailed to apply UDF transform"
 """Ray Data adds three lines about its own retries to the message of an error that it passes on."""

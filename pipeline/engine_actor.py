@@ -31,6 +31,7 @@ from pipeline.watch import BEATS_IN_A_TIMEOUT, Beats, Life, kill_children
 
 T = TypeVar("T")
 
+START_AGAIN_S = 60.0
 ASK_S = 60.0
 """For an answer of the watch; without one the work goes on."""
 DELIVERY_S = 1.0
@@ -56,7 +57,10 @@ class EngineActor:
         self.slots = asyncio.Semaphore(2 * job.engine.max_num_seqs)
         self.turns: Any = None
         self.num_begun = 0
+        self.has_answered = False
+        self.loops: list[asyncio.Task[None]] = []
         self.leaving = threading.Event()
+        self.never = asyncio.Event()  # what waits for one that nobody holds is collected, and Ray told an answer
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -68,7 +72,7 @@ class EngineActor:
             if self.engine is None:
                 await self._start()
         if self.leaving.is_set():
-            await asyncio.Event().wait()  # handed back: the process ends before this does
+            await self.never.wait()  # handed back: the process ends before this does
         self.num_begun += 1
         try:
             results = await self._answer_chunk(chunk)
@@ -87,6 +91,7 @@ class EngineActor:
             engine = await open_engine(self.job.engine, self.made_with)
         except JobError as error:
             if await self._ask(self.watch.may_fail_to_start.remote()):
+                await asyncio.sleep(START_AGAIN_S)  # its place stays taken meanwhile, for others are better
                 await self._die(f"it did not start: {error}")
             raise
         await self._ask(self.watch.ready.remote(self.life))
@@ -94,10 +99,12 @@ class EngineActor:
         self.turns = aiorwlock.RWLock()
         self.engine = engine
         self.beats.stop()
-        self.watching = asyncio.ensure_future(self._keep_watch())
+        self.loops = [asyncio.ensure_future(loop) for loop in (self._tell(), self._check())]
 
     async def _answer_chunk(self, chunk: ReadChunk) -> Sequence[Result]:
         """A result for each task, in order."""
+        if self.job.engine.pool == "serve":  # whose replicas watch over themselves
+            return await asyncio.gather(*(self._answer(task) for task in chunk.tasks))
         work = chunk.work.chunk
         name = f"{work.shard} {work.start} to {work.stop}"
         rows = [row for row, task in enumerate(chunk.tasks) if task.error is None]
@@ -116,6 +123,10 @@ class EngineActor:
         chunk_id = chunk.work.chunk.chunk_id
         results = {row: task.error for row, task in enumerate(chunk.tasks) if task.error is not None} | trial.results
         for rows in trial.groups:
+            if trial.control is not None and not self.has_answered:
+                await self._ask(self.watch.try_rows.remote(self.life, chunk_id, name, ()))
+                await self._answer(chunk.tasks[trial.control])
+                await self._ask(self.watch.keep.remote(self.life, chunk_id, {}))
             await self._ask(self.watch.try_rows.remote(self.life, chunk_id, name, rows))
             answered = await asyncio.gather(*(self._answer(chunk.tasks[row]) for row in rows))
             results |= zip(rows, answered, strict=True)
@@ -129,6 +140,7 @@ class EngineActor:
         try:
             async with self.slots:
                 generation: Result = await self.engine.generate(task_to_request(task, self.job.sampling))
+            self.has_answered = True
             return generation
         except SampleError as error:
             return error
@@ -141,19 +153,24 @@ class EngineActor:
         except (TimeoutError, RayError):
             return None
 
-    async def _keep_watch(self) -> None:
-        """Tell the watch that this process lives, and end it when its engine does not."""
-        timeout_s = self.job.limits.stall_timeout_s
+    async def _tell(self) -> None:
+        """Let the watch know that this process, and its event loop, live."""
         while True:
             self.watch.beat.remote(self.life)
+            await asyncio.sleep(self.job.limits.stall_timeout_s / BEATS_IN_A_TIMEOUT)
+
+    async def _check(self) -> None:
+        """End the process when its engine goes on no more."""
+        timeout_s = self.job.limits.stall_timeout_s
+        while True:
+            await asyncio.sleep(timeout_s / BEATS_IN_A_TIMEOUT)
             try:
                 async with asyncio.timeout(timeout_s):
                     await self.engine.check()
             except TimeoutError:
                 await self._die(f"it said nothing for {timeout_s:g} s")
-            except EngineDiedError as error:
+            except Exception as error:  # vLLM has plain ones, too, for what failed in the engine's processes
                 await self._die(str(error))
-            await asyncio.sleep(timeout_s / BEATS_IN_A_TIMEOUT)
 
     async def _die(self, cause: str) -> NoReturn:
         """End the process; Ray starts another one and does again what this one held."""
@@ -177,9 +194,10 @@ class EngineActor:
             threading.Thread(target=self._depart, name="depart", daemon=True).start()
 
     def _depart(self) -> None:
-        deadline = time.monotonic() + self.job.limits.preemption_grace_s
-        while self.num_begun and time.monotonic() < deadline:
-            time.sleep(0.1)
         self.watch.depart.remote(self.life)
-        time.sleep(DELIVERY_S)
+        deadline = time.monotonic() + self.job.limits.preemption_grace_s
+        if self.num_begun:
+            while self.num_begun and time.monotonic() < deadline:
+                time.sleep(0.1)
+            time.sleep(DELIVERY_S)
         self._exit()

@@ -3,7 +3,8 @@
 A chunk that was in two deaths is a suspect. It is tried as a whole with nothing beside it; if the engine dies again, in
 groups of GROUP rows, one after another; a group that kills is tried row by row; and a row that was twice alone in an
 engine that died is guilty. What the others have answered meanwhile is kept. So a guilty row costs at most
-MAX_DEATHS_OF_A_ROW engines, however long its chunk.
+MAX_DEATHS_OF_A_ROW engines, however long its chunk. A group that killed is tried again after all others, and only in an
+engine that has answered something, if there is anything to answer: where every engine dies nobody is guilty.
 Plain bookkeeping: `pipeline.watch` asks it on behalf of all engines of a job.
 """
 
@@ -18,7 +19,7 @@ Result = Generation | SampleError
 
 DEATHS_OF_A_SUSPECT = 2
 DEATHS_ALONE = 2
-"""Of one row: the first may have had another cause."""
+"""Of one row."""
 MAX_KEPT = 64
 """Suspects that are answered, whose answers are kept."""
 GROUP = 16
@@ -33,6 +34,8 @@ class Trial:
     groups: tuple[Rows, ...]
     results: dict[int, Result]
     """Of the rows that are answered or guilty already."""
+    control: int | None
+    """A row that was answered: an engine that dies of this one is sick itself."""
 
 
 @dataclass
@@ -55,9 +58,11 @@ class Suspects:
         chunk = self._chunks.get(chunk_id)
         if chunk is None or chunk.deaths < DEATHS_OF_A_SUSPECT:
             return None
-        if not chunk.groups and not chunk.results:
-            chunk.groups = [tuple(rows)]
-        return Trial(tuple(chunk.groups), dict(chunk.results))
+        known = set(chunk.results).union(*chunk.groups)
+        if new := tuple(row for row in rows if row not in known):  # a row may have had an error when it was read before
+            chunk.groups.append(new)
+        answered = [row for row, result in chunk.results.items() if isinstance(result, Generation)]
+        return Trial(tuple(chunk.groups), dict(chunk.results), answered[0] if answered else None)
 
     def charge(self, chunk_id: str, rows: Rows | None) -> None:
         """An engine died with this chunk in it; on trial only these rows of it."""
@@ -65,8 +70,8 @@ class Suspects:
         chunk.deaths += 1
         if rows is None or rows not in chunk.groups:
             return
-        place = chunk.groups.index(rows)
-        chunk.groups[place : place + 1] = self._narrow(chunk, rows)
+        chunk.groups.remove(rows)
+        chunk.groups += self._narrow(chunk, rows)  # last: what may be innocent shows first whether engines live
 
     def _narrow(self, chunk: _Chunk, rows: Rows) -> Iterable[Rows]:
         if len(rows) > 1:

@@ -30,6 +30,8 @@ MAX_DEATHS_IN_A_ROW = 12
 """Of one actor's engines, none of which answered anything."""
 MAX_TOLD = 3
 COUNT_S = 10.0
+SAME_START_S = 60.0
+"""Between what a clock that was set anew makes of one start; a process's number is not given again so soon."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class _Present:
 
     heard_at: float
     is_engine: bool = False
+    is_ready: bool = False
     replacing: Any = None
-    """The task that has it killed."""
+    """The task that has it killed, held here so that it is not collected."""
     chunks: dict[str, tuple[str, Rows | None]] = field(default_factory=dict)
     """Chunks in its engine: a name for people, and the rows on trial."""
 
@@ -80,16 +83,17 @@ class Watch:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
         self._hear(life).is_engine = True
         for earlier in [one for one in self._present if one.owner == life.owner and one != life]:
-            if await asyncio.to_thread(is_node_alive, earlier.node_id):
-                self._charge(earlier, "its process ended")
-            else:
+            before = self._present[earlier]
+            if not await asyncio.to_thread(is_node_alive, earlier.node_id):
                 self._num_lost += 1
+            elif before.chunks or not before.is_ready:  # else the pool had let it go
+                self._charge(earlier, "its process ended")
             self._end(earlier)
         return self._verdict(life.owner)
 
     async def ready(self, life: Life) -> None:
         """Its engine has started."""
-        self._hear(life)
+        self._hear(life).is_ready = True
         self._any_ready = True
 
     async def may_fail_to_start(self) -> bool:
@@ -146,8 +150,9 @@ class Watch:
         return present
 
     def _end(self, life: Life) -> None:
-        self._present.pop(life, None)
-        self._over[life.owner] = life
+        present = self._present.pop(life, None)
+        if present is not None and present.is_engine:
+            self._over[life.owner] = life
 
     def _charge(self, life: Life, cause: str) -> None:
         present = self._present.get(life)
@@ -156,7 +161,8 @@ class Watch:
         for chunk_id, (_, rows) in present.chunks.items():
             self._suspects.charge(chunk_id, rows)
         self._num_deaths += 1
-        self._in_a_row[life.owner] = self._in_a_row.get(life.owner, 0) + 1
+        if present.chunks:  # an engine that does not start is its machine's fault, and others may
+            self._in_a_row[life.owner] = self._in_a_row.get(life.owner, 0) + 1
         names = [name for name, _ in present.chunks.values()]
         self._deaths = [*self._deaths, f"{cause}; in it: {', '.join(names[:MAX_TOLD]) or 'nothing'}"][-MAX_TOLD:]
 
@@ -174,11 +180,17 @@ class Watch:
     async def _reap(self) -> None:
         """Have every process killed that has been silent for too long."""
         timeout_s = self._limits.stall_timeout_s
+        pause_s = timeout_s / BEATS_IN_A_TIMEOUT
+        last = time.monotonic()
         while True:
-            await asyncio.sleep(timeout_s / BEATS_IN_A_TIMEOUT)
-            now = time.monotonic()
+            await asyncio.sleep(pause_s)
+            before, last = last, time.monotonic()
+            if last - before > 2 * pause_s:  # it was this process that was held up, and others' words wait
+                for present in self._present.values():
+                    present.heard_at = max(present.heard_at, last)
+                continue
             for life, present in list(self._present.items()):
-                if now - present.heard_at > timeout_s:
+                if last - present.heard_at > timeout_s:
                     present.heard_at = math.inf  # looked at once
                     present.replacing = asyncio.ensure_future(self._replace(life, present))
 
@@ -186,19 +198,23 @@ class Watch:
         """Have a silent process killed; one that had ended by itself is blamed for what was in it."""
         try:
             was_there = await kill_there(life)
-        except RayError:  # its node is gone, and whatever was in it is blamed for nothing
-            self._present.pop(life, None)
+        except RayError:
+            if await asyncio.to_thread(is_node_alive, life.node_id):
+                present.heard_at = time.monotonic()  # tried again
+                return
+            self._num_lost += present.is_engine
+            self._end(life)
             return
         if present.is_engine and (was_there or present.chunks):
             self._charge(life, f"its process was silent for {self._limits.stall_timeout_s:g} s")
-        self._end(life) if present.is_engine else self._present.pop(life, None)
+        self._end(life)
 
 
 def start_watch(limits: LimitsSpec) -> Any:
     """The actor, on the driver's node: it is lost only with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(**options)(Watch).options(max_concurrency=1000).remote(limits)
+    return ray.remote(**options)(Watch).remote(limits)
 
 
 def count_losses(watch: Any, num_chunks: int) -> Losses:
@@ -218,8 +234,7 @@ def is_node_alive(node_id: str) -> bool:
 def kill_there(life: Life) -> Awaitable[bool]:
     """SIGKILL a process and its children on whichever node it runs, from that node; tells whether it was there."""
     there = NodeAffinitySchedulingStrategy(life.node_id, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(kill_process)
-    killed: Awaitable[bool] = task.remote(life.pid, life.started)
+    killed: Awaitable[bool] = _kill_remotely.options(scheduling_strategy=there).remote(life.pid, life.started)
     return killed
 
 
@@ -227,11 +242,14 @@ def kill_process(pid: int, started: float) -> bool:
     """SIGKILL a process of this machine and its children, unless it is gone or another has its number now."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        if process.create_time() == started:
+        if abs(process.create_time() - started) < SAME_START_S:
             kill_children(process)
             process.kill()
             return True
     return False
+
+
+_kill_remotely: Any = ray.remote(num_cpus=0, max_retries=0)(kill_process)
 
 
 def kill_children(process: psutil.Process) -> None:

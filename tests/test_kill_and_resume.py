@@ -6,6 +6,7 @@ of kills (five there) and of two drivers run on vLLM as well, marked slow.
 
 import contextlib
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -179,7 +180,7 @@ def test_job_goes_on_without_a_process_that_hangs_or_must_leave(
     tmp_path: Path, title: str, number: int, num_lost: int
 ) -> None:
     write_scene_shards(tmp_path / "in", 1200)
-    spec = simulated_spec(tmp_path, simulation={"seconds_per_token": 0.02}) | {"limits": {"stall_timeout_s": 3}}
+    spec = simulated_spec(tmp_path, simulation={"seconds_per_token": 0.02}) | {"limits": {"stall_timeout_s": 10}}
     path, out = write_spec(tmp_path, spec), tmp_path / "out"
     with started_r4b("run", path, "--json") as process:
         wait_for_parts(out, 1)
@@ -187,7 +188,8 @@ def test_job_goes_on_without_a_process_that_hangs_or_must_leave(
             assert process.poll() is None, "the process was not there at any time"
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    assert (f"{num_lost} engines were lost" in stderr) == bool(num_lost), stderr
+    lost = re.search(r"(\d+) engines were lost", stderr)
+    assert (int(lost[1]) if lost else 0) == num_lost, stderr
     keys = keys_of(read_output(out))
     assert len(keys) == len(set(keys)) == 1200
 

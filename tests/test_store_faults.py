@@ -53,14 +53,15 @@ def test_job_outlasts_a_store_that_throttles_and_does_not_press_it(tmp_path: Pat
         begun: list[float] = []
 
         def throttle() -> None:
-            while proxy.gets <= 7:  # the plan reads each of the six shards' footers
+            deadline = time.monotonic() + 60
+            while proxy.gets <= 7 and time.monotonic() < deadline:  # the plan reads each of six shards' footers
                 time.sleep(0.05)
             begun.append(time.monotonic() - proxy.started)
             proxy.rate = 1.0
             time.sleep(25)
             proxy.rate = 0.0
 
-        thread = threading.Thread(target=throttle)
+        thread = threading.Thread(target=throttle, daemon=True)
         thread.start()
         manifest = run_batch(parse_spec(spec_over(tmp_path, prefix, proxy.url), "the test's spec"))
         thread.join()

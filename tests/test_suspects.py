@@ -76,8 +76,34 @@ def test_a_single_row_that_dies_once_by_chance_is_answered() -> None:
     suspects.charge(CHUNK, (1,))
     trial = suspects.trial(CHUNK, range(3))
     assert trial is not None
-    assert trial.groups == ((0,), (1,), (2,))
+    assert trial.groups == ((0,), (2,), (1,)), "the others first"
     assert trial.results == {}
+
+
+def test_a_row_that_had_an_error_when_it_was_read_before_is_tried_too() -> None:
+    suspects = Suspects()
+    for _ in range(DEATHS_OF_A_SUSPECT):
+        suspects.charge(CHUNK, None)
+    suspects.trial(CHUNK, [0, 2])
+    trial = suspects.trial(CHUNK, [0, 1, 2])
+    assert trial is not None
+    assert trial.groups == ((0, 2), (1,))
+    empty = suspects.trial("other", [])
+    assert empty is None
+
+
+def test_a_row_that_was_answered_is_the_control() -> None:
+    suspects = Suspects()
+    for _ in range(DEATHS_OF_A_SUSPECT):
+        suspects.charge(CHUNK, None)
+    first = suspects.trial(CHUNK, range(40))
+    assert first is not None
+    assert first.control is None
+    suspects.charge(CHUNK, tuple(range(40)))
+    suspects.keep(CHUNK, {16: make_generation()})
+    second = suspects.trial(CHUNK, range(40))
+    assert second is not None
+    assert second.control == 16
 
 
 @pytest.mark.parametrize("num_rows", [2, 16, 17, 256, 1000])

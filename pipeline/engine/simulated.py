@@ -28,6 +28,7 @@ class SimulatedEngine:
         self._simulation = spec.simulation
         self._slots = asyncio.Semaphore(spec.max_num_seqs)
         self._dead = self._hangs = False
+        self._never = asyncio.Event()
 
     async def generate(self, request: EngineRequest) -> Generation:
         """As the contract says."""
@@ -88,13 +89,13 @@ class SimulatedEngine:
         if simulation.hangs_engine is not None and simulation.hangs_engine in text:
             self._hangs = True
         if self._hangs:
-            await asyncio.Event().wait()
+            await self._never.wait()
 
     async def check(self) -> None:
         """As the contract says."""
         self._check_alive()
         if self._hangs:
-            await asyncio.Event().wait()
+            await self._never.wait()
 
     def kill(self) -> None:
         """Die as a real engine does: everything in flight and everything after fails."""

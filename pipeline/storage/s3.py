@@ -195,7 +195,8 @@ class _S3Reader(io.RawIOBase):
 def _is_passing(error: BaseException) -> bool:
     """A lost race of conditional writes, which S3 asks to repeat, or a connection lost while a body was read."""
     if isinstance(error, botocore.exceptions.ClientError):
-        return _status(error) == 409
+        # NoSuchUpload: an upload whose end was answered on a connection that broke; the next try finds the name taken.
+        return _status(error) == 409 or _code(error) == "NoSuchUpload"
     return isinstance(error, BODY_ERRORS)
 
 

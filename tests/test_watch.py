@@ -1,0 +1,151 @@
+"""What the watch makes of what it is told, without Ray: who is blamed, who is killed, when a job has had enough."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from ray.exceptions import RayError
+
+from pipeline.spec import LimitsSpec
+from pipeline.suspects import DEATHS_OF_A_SUSPECT
+from pipeline.watch import MAX_DEATHS_IN_A_ROW, Life, Watch
+
+ROWS = [0, 1, 2]
+
+
+class Cluster:
+    """Nodes that are gone, and processes that were killed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gone: set[str] = set()
+        self.killed: list[Life] = []
+        self.ended: set[Life] = set()
+        self.kills_fail = 0
+        monkeypatch.setattr("pipeline.watch.is_node_alive", lambda node_id: node_id not in self.gone)
+        monkeypatch.setattr("pipeline.watch.kill_there", self.kill)
+
+    async def kill(self, life: Life) -> bool:
+        if life.node_id in self.gone:
+            raise RayError("it cannot be reached")
+        if self.kills_fail:
+            self.kills_fail -= 1
+            raise RayError("the task was lost")
+        self.killed.append(life)
+        return life not in self.ended
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+def life(number: int, owner: str = "actor", node: str = "node") -> Life:
+    return Life(owner, node, number, float(number))
+
+
+async def start(watch: Watch, one: Life) -> str | None:
+    reason = await watch.enter(one)
+    await watch.ready(one)
+    return reason
+
+
+def run(play: Callable[[Watch], Awaitable[None]], **limits: float) -> None:
+    async def main() -> None:
+        await play(Watch(LimitsSpec.model_validate(limits)))
+
+    asyncio.run(main())
+
+
+def test_chunks_of_two_deaths_get_a_trial(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        for number in range(DEATHS_OF_A_SUSPECT):
+            await start(watch, life(number))
+            assert await watch.begin(life(number), "a", "a", ROWS) is None
+            await watch.died(life(number), "it died")
+            await watch.try_rows(life(number), "b", "b", (0,))  # a late word of a life that is over
+        await start(watch, life(9))
+        assert await watch.begin(life(9), "a", "a", ROWS) is not None
+        assert await watch.begin(life(9), "b", "b", ROWS) is None
+        assert (await watch.count())[:2] == (DEATHS_OF_A_SUSPECT, 0)
+
+    run(play)
+
+
+def test_what_went_with_its_node_is_blamed_for_nothing(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        for number in range(5):
+            assert await start(watch, life(number, node=f"node-{number}")) is None
+            assert await watch.begin(life(number, node=f"node-{number}"), "a", "a", ROWS) is None
+            cluster.gone.add(f"node-{number}")
+        await start(watch, life(9, node="last"))
+        assert (await watch.count())[:2] == (0, 5)
+
+    run(play, max_engine_restarts=0)
+
+
+def test_an_actor_that_left_or_that_the_pool_let_go_is_no_death(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        await start(watch, life(1))
+        await watch.begin(life(1), "a", "a", ROWS)
+        await watch.depart(life(1))
+        await start(watch, life(2))
+        assert await start(watch, life(3)) is None
+        assert (await watch.count())[:2] == (0, 0)
+
+    run(play, max_engine_restarts=0)
+
+
+def test_too_many_deaths_are_told_with_what_was_in_the_engines(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        for number in range(3):
+            await start(watch, life(number, owner=f"actor-{number}"))
+            await watch.begin(life(number, owner=f"actor-{number}"), f"c{number}", f"shard {number}", ROWS)
+            await watch.died(life(number, owner=f"actor-{number}"), "it was killed")
+        reason = await watch.enter(life(9))
+        assert reason is not None
+        assert "3 engines died, more than limits.max_engine_restarts = 2 allows" in reason
+        assert "it was killed; in it: shard 2" in reason
+
+    run(play, max_engine_restarts=2)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_deaths_in_a_row_end_the_job_unless_something_is_answered_between(cluster: Cluster, answers: bool) -> None:
+    async def play(watch: Watch) -> None:
+        for number in range(MAX_DEATHS_IN_A_ROW):
+            assert await start(watch, life(number)) is None
+            await watch.begin(life(number), f"chunk-{number}", "a", ROWS)
+            if answers:
+                await watch.end(life(number), f"chunk-{number}")
+                await watch.begin(life(number), f"other-{number}", "a", ROWS)
+            await watch.died(life(number), "it died")
+        assert (await watch.enter(life(99)) is None) is answers
+
+    run(play)
+
+
+def test_silent_processes_are_killed_and_others_not(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        silent, loud, reader, gone = life(1, "silent"), life(2, "loud"), life(3, "reader"), life(4, "gone", "away")
+        for engine in (silent, loud, gone):
+            await start(watch, engine)
+        await watch.begin(silent, "a", "a", ROWS)
+        await watch.beat(reader)
+        cluster.gone.add("away")
+        for _ in range(15):
+            await watch.beat(loud)
+            await asyncio.sleep(0.1)
+        assert set(cluster.killed) == {silent, reader}
+        assert (await watch.count())[:2] == (1, 1)
+
+    run(play, stall_timeout_s=1)
+
+
+def test_a_kill_that_fails_on_a_node_that_lives_is_tried_again(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        cluster.kills_fail = 1
+        await watch.beat(life(1))
+        await asyncio.sleep(2.5)
+        assert cluster.killed == [life(1)]
+
+    run(play, stall_timeout_s=1)
