@@ -58,6 +58,7 @@ class _Present:
     heard_at: float
     is_engine: bool = False
     is_ready: bool = False
+    is_leaving: bool = False
     replacing: Any = None
     """The task that has it killed, held here so that it is not collected."""
     chunks: dict[str, tuple[str, Rows | None]] = field(default_factory=dict)
@@ -130,8 +131,8 @@ class Watch:
         self._hear(life)
 
     async def depart(self, life: Life) -> None:
-        """An actor ends its work properly: what it holds is no suspect for that."""
-        self._end(life)
+        """An actor is about to end: it is still watched, but what it holds is no suspect for its end."""
+        self._hear(life).is_leaving = True
 
     async def died(self, life: Life, cause: str) -> None:
         """Its engine died, and the process ends with it."""
@@ -156,7 +157,7 @@ class Watch:
 
     def _charge(self, life: Life, cause: str) -> None:
         present = self._present.get(life)
-        if present is None:
+        if present is None or present.is_leaving:
             return
         for chunk_id, (_, rows) in present.chunks.items():
             self._suspects.charge(chunk_id, rows)

@@ -141,6 +141,18 @@ def test_silent_processes_are_killed_and_others_not(cluster: Cluster) -> None:
     run(play, stall_timeout_s=1)
 
 
+def test_an_actor_that_hangs_while_it_leaves_is_killed_and_no_death(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        await start(watch, life(1))
+        await watch.begin(life(1), "a", "a", ROWS)
+        await watch.depart(life(1))
+        await asyncio.sleep(1.5)
+        assert cluster.killed == [life(1)]
+        assert (await watch.count())[:2] == (0, 0)
+
+    run(play, stall_timeout_s=1)
+
+
 def test_a_kill_that_fails_on_a_node_that_lives_is_tried_again(cluster: Cluster) -> None:
     async def play(watch: Watch) -> None:
         cluster.kills_fail = 1
