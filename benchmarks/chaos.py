@@ -31,10 +31,10 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from benchmarks.raylets import Raylets, inside_own_network, running_raylets
+from benchmarks.raylets import Raylets, inside_own_network, kill_family, running_raylets
 from pipeline.records import read_part
 from tests.builders import image_table, write_shard
-from tests.running import R4B, kill_tree, real_spec, simulated_spec, write_spec
+from tests.running import R4B, real_spec, simulated_spec, write_spec
 
 NUM_NODES = 3
 STALL_S = 5.0
@@ -65,7 +65,7 @@ class Chaos:
         return told
 
     def kill_driver(self) -> None:
-        kill_tree(self.driver.pid)
+        kill_family(self.driver)
 
     def kill_actor(self) -> str:
         return self._signal(ACTOR, signal.SIGKILL)
@@ -203,7 +203,7 @@ def run_once(
                 while planned and len(chaos.seen) >= planned[0][0] and chaos.seen:
                     happened.append(chaos.strike(planned.pop(0)[1]))
                 time.sleep(0.2)
-            kill_tree(chaos.driver.pid)
+            kill_family(chaos.driver)
         finished = chaos.driver.returncode == 0
         told = (job_folder / f"driver-{drivers}.log").read_text()
         for engines, chunks in LOSSES.findall(told):

@@ -75,7 +75,7 @@ class Bench:
             while reader.num_polls < polls + 20:
                 time.sleep(0.01)
         print(
-            f"{self.name}: files that were there after each kill: {left[1:]}; the last run wrote {done['files_written']} of "
+            f"{self.name}: files after each kill: {left[1:]}; the last run wrote {done['files_written']} of "
             f"{done['num_files']} files. {reader.num_polls} polls saw {len(reader.seen)} versions, the old one first: "
             f"{reader.seen == [old, done['version']]}, problems: {reader.problems[:3]}",
             flush=True,
