@@ -64,7 +64,6 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
     from pipeline.batch import run_batch
 
     generated = 0
-    losses: list[Losses] = []
     with ExitStack() as stack:
         bar: Any = None
         heed_interrupt = stack.enter_context(heeded_interrupt())
@@ -85,13 +84,14 @@ def run_with_progress(job: JobSpec, **options: bool) -> tuple[Manifest, int]:
             generated += report.num_rows
             bar.update(report.num_rows)
 
-        manifest = run_batch(job, on_start=on_start, on_commit=on_commit, on_losses=losses.append, **options)
-    for lost in losses:
-        if lost.engines or lost.chunks:
-            say(
-                f"{lost.engines} engines were lost and replaced, {lost.with_nodes} of them with their nodes; "
-                f"{lost.chunks} chunks were generated again"
-            )
+        def on_losses(lost: Losses) -> None:
+            if lost.engines or lost.chunks:
+                say(
+                    f"{lost.engines} engines were lost and replaced, {lost.with_nodes} of them with their nodes; "
+                    f"{lost.chunks} chunks were generated again"
+                )
+
+        manifest = run_batch(job, on_start=on_start, on_commit=on_commit, on_losses=on_losses, **options)
     return manifest, generated
 
 

@@ -51,7 +51,7 @@ from pipeline.records import (
 )
 from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
-from pipeline.watch import attend, count_losses, start_watch
+from pipeline.watch import attend, count_losses, end_watch, start_watch
 
 MIN_ROWS_FOR_ERROR_RATE = 100
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
@@ -126,17 +126,18 @@ def run_readings(
         dataset = dataset.map_batches(EngineActor, **engine, **ONE_ROW)
     committing = {"output": output, "watch": watch}
     dataset = dataset.map_batches(commit_batch, fn_kwargs=committing, num_cpus=CPUS_PER_COMMIT, **WHOLE_BLOCK)
-    num_chunks = 0
+    num_chunks, ended = 0, False
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for outcome in from_batches(batch):
                 num_chunks += isinstance(outcome, ChunkReport)
                 yield outcome
+        ended = True
     except Exception as error:  # Ray wraps what our own code raised in several layers of its own
         raise find_cause(error) from error
     finally:
-        on_losses(count_losses(watch, num_chunks))
-        ray.kill(watch)  # or it would go on to judge processes that now work for another run
+        on_losses(count_losses(watch, num_chunks if ended else None))
+        end_watch(watch)
 
 
 def readings_to_dataset(readings: list[Reading]) -> ray.data.Dataset:

@@ -4,7 +4,7 @@ A chunk that was in two deaths is a suspect. It is tried as a whole with nothing
 groups of GROUP rows, one after another; a group that kills is tried row by row; and a row that was twice alone in an
 engine that died is guilty. What the others have answered meanwhile is kept. So a guilty row costs at most
 MAX_DEATHS_OF_A_ROW engines, however long its chunk. A group that killed is tried again after all others, and only in an
-engine that has answered something, if there is anything to answer: where every engine dies nobody is guilty.
+engine that has answered something. Only where none of its chunk's rows was ever answered is there no such test.
 Plain bookkeeping: `pipeline.watch` asks it on behalf of all engines of a job.
 """
 

@@ -218,13 +218,22 @@ def start_watch(limits: LimitsSpec) -> Any:
     return ray.remote(**options)(Watch).remote(limits)
 
 
-def count_losses(watch: Any, num_chunks: int) -> Losses:
-    """What a run that has made `num_chunks` parts did more than once; nothing is known if the watch was lost."""
+def count_losses(watch: Any, num_chunks: int | None) -> Losses:
+    """What a run that has made `num_chunks` parts did more than once; None: it stopped, and some are under way.
+
+    Nothing is known if the watch was lost.
+    """
     try:
         died, lost, begun = ray.get(watch.count.remote(), timeout=COUNT_S)
     except RayError:
         return Losses(0, 0, 0)
-    return Losses(died + lost, lost, max(0, begun - num_chunks))
+    return Losses(died + lost, lost, 0 if num_chunks is None else max(0, begun - num_chunks))
+
+
+def end_watch(watch: Any) -> None:
+    """End it with its run: it would go on to judge processes that now work for another. Hides no error of the run's."""
+    with contextlib.suppress(RayError):
+        ray.kill(watch)
 
 
 def is_node_alive(node_id: str) -> bool:

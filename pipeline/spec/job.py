@@ -133,7 +133,7 @@ def engine_parts(engine: EngineSpec, model_identity: str) -> dict[str, str]:
 
 
 DEADLY = ("kills_engine", "kills_process", "hangs_engine")
-"""What the simulated engine does not survive, which changes no answer."""
+"""What the simulated engine does not survive: it decides which rows are answered, and no answer."""
 IMAGE_LIMITS = {"max_image_pixels", "max_image_bytes", "max_image_frames", "image_formats"}
 
 
