@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.ahead import map_ahead
 from pipeline.errors import JobError, ShardChangedError, SpecError
 from pipeline.plan import part_url
 from pipeline.records import SUMS, ChunkReport, GeneratedChunk, Retry, read_part, report_of, rows_to_table
@@ -207,7 +208,7 @@ def read_report(output: Output, chunk_id: str) -> ChunkReport:
 def read_reports(output: Output, chunk_ids: Iterable[str]) -> Iterator[ChunkReport]:
     """The numbers of many parts, several footers at a time."""
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        yield from pool.map(lambda chunk_id: read_report(output, chunk_id), chunk_ids)
+        yield from map_ahead(pool, lambda chunk_id: read_report(output, chunk_id), chunk_ids, READS_AT_ONCE)
 
 
 def read_retry(output: Output, chunk_id: str) -> Retry:

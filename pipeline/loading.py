@@ -5,12 +5,9 @@ Not covered: which samples there are.
 """
 
 import atexit
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 from pipeline.errors import SampleError, ShardChangedError, StorageError, StoreUnavailableError
 from pipeline.formats import ImageRef, ImageSource
@@ -21,9 +18,6 @@ from pipeline.sandbox import ImageSandbox, SandboxLimits
 from pipeline.spec import JobSpec
 from pipeline.storage import open_store
 from pipeline.tiling import Tiling
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -85,14 +79,3 @@ def _fetcher(limits: FetchLimits) -> RemoteFetcher:
     fetcher = RemoteFetcher(limits)
     atexit.register(fetcher.close)
     return fetcher
-
-
-def map_ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """As `map` in the pool, with at most `ahead` items taken and not yet given: nothing piles up."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

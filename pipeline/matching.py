@@ -7,9 +7,9 @@ Not covered: samples without a prompt, which each part counts.
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from pipeline.ahead import map_ahead
 from pipeline.commits import Output
 from pipeline.errors import JobError, SpecError
-from pipeline.loading import map_ahead
 from pipeline.plan import Plan, part_url
 from pipeline.prompt_shards import PromptTable, read_prompt_table
 from pipeline.records import Manifest, read_part

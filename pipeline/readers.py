@@ -13,11 +13,12 @@ from hashlib import sha256
 
 import pyarrow as pa
 
+from pipeline.ahead import map_ahead
 from pipeline.asking import Asked, Asker
 from pipeline.errors import JobError, SampleError, SpecError, StoreUnavailableError
 from pipeline.formats import FORMATS, Sample
 from pipeline.formats.contract import Span, damaged
-from pipeline.loading import ImageLoader, map_ahead
+from pipeline.loading import ImageLoader
 from pipeline.records import CommittedChunk, FailedShard, ReadChunk, ReadCounts, Reading, Shard, Task, Work, valid_text
 from pipeline.spec import InputFormat, JobSpec, SampleSpec
 from pipeline.surveys import SurveyMaker, write_survey

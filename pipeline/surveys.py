@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
+from pipeline.ahead import map_ahead
 from pipeline.errors import JobError
 from pipeline.records import Anchor, Chunk, Shard
 from pipeline.spec import JobSpec
@@ -87,4 +88,4 @@ def read_survey(job: JobSpec, shard: Shard) -> Survey:
 def read_surveys(job: JobSpec, shards: list[Shard]) -> Iterator[Survey]:
     """Many surveys, several at a time, in order."""
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        yield from pool.map(lambda shard: read_survey(job, shard), shards)
+        yield from map_ahead(pool, lambda shard: read_survey(job, shard), shards, READS_AT_ONCE)

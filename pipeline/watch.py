@@ -8,7 +8,6 @@ Not covered: engines that answer nothing although their process lives; their act
 
 import asyncio
 import contextlib
-import math
 import os
 import threading
 import time
@@ -56,6 +55,7 @@ class _Present:
     """What is known of a process that lives."""
 
     heard_at: float
+    entered_at: float = 0.0
     is_engine: bool = False
     is_ready: bool = False
     is_leaving: bool = False
@@ -82,7 +82,8 @@ class Watch:
 
     async def enter(self, life: Life) -> str | None:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
-        self._hear(life).is_engine = True
+        present = self._hear(life)
+        present.is_engine, present.entered_at = True, time.monotonic()
         for earlier in [one for one in self._present if one.owner == life.owner and one != life]:
             before = self._present[earlier]
             if not await asyncio.to_thread(is_node_alive, earlier.node_id):
@@ -179,9 +180,8 @@ class Watch:
         return None
 
     async def _reap(self) -> None:
-        """Have every process killed that has been silent for too long."""
-        timeout_s = self._limits.stall_timeout_s
-        pause_s = timeout_s / BEATS_IN_A_TIMEOUT
+        """Have every process killed that has been silent, or has been starting, for too long."""
+        pause_s = self._limits.stall_timeout_s / BEATS_IN_A_TIMEOUT
         last = time.monotonic()
         while True:
             await asyncio.sleep(pause_s)
@@ -191,23 +191,31 @@ class Watch:
                     present.heard_at = max(present.heard_at, last)
                 continue
             for life, present in list(self._present.items()):
-                if last - present.heard_at > timeout_s:
-                    present.heard_at = math.inf  # looked at once
-                    present.replacing = asyncio.ensure_future(self._replace(life, present))
+                fault = None if present.replacing else self._find_fault(present, last)
+                if fault is not None:
+                    present.replacing = asyncio.ensure_future(self._replace(life, present, fault))
 
-    async def _replace(self, life: Life, present: _Present) -> None:
-        """Have a silent process killed; one that had ended by itself is blamed for what was in it."""
+    def _find_fault(self, present: _Present, now: float) -> str | None:
+        limits = self._limits
+        if now - present.heard_at > limits.stall_timeout_s:
+            return f"its process was silent for {limits.stall_timeout_s:g} s"
+        if present.is_engine and not present.is_ready and now - present.entered_at > limits.start_timeout_s:
+            return f"it had not started after {limits.start_timeout_s:g} s"
+        return None
+
+    async def _replace(self, life: Life, present: _Present, fault: str) -> None:
+        """Have a process killed; one that had ended by itself is blamed for what was in it."""
         try:
             was_there = await kill_there(life)
         except RayError:
             if await asyncio.to_thread(is_node_alive, life.node_id):
-                present.heard_at = time.monotonic()  # tried again
+                present.heard_at, present.replacing = time.monotonic(), None  # tried again
                 return
             self._num_lost += present.is_engine
             self._end(life)
             return
         if present.is_engine and (was_there or present.chunks):
-            self._charge(life, f"its process was silent for {self._limits.stall_timeout_s:g} s")
+            self._charge(life, fault)
         self._end(life)
 
 

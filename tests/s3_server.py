@@ -48,6 +48,8 @@ class S3Server:
     endpoint_url: str
     access_key: str
     secret_key: str
+    second_key: tuple[str, str]
+    """Another access key and its secret, for tests of credentials that change."""
 
     def client(self) -> Any:
         """A boto3 client of the tests' own, so that the code under test is not checked with itself."""
@@ -94,7 +96,8 @@ def _split(url: str) -> tuple[str, str]:
 def running_s3() -> Iterator[S3Server]:
     """Start a store, wait until it takes a first object, and stop it in the end."""
     ports = free_ports(5)
-    server = S3Server(f"http://127.0.0.1:{ports[0]}", secrets.token_hex(10).upper(), secrets.token_hex(20))
+    keys = [(secrets.token_hex(10).upper(), secrets.token_hex(20)) for _ in range(2)]
+    server = S3Server(f"http://127.0.0.1:{ports[0]}", *keys[0], keys[1])
     with tempfile.TemporaryDirectory(prefix="r4b-s3-") as folder:
         process = _start(server, ports, Path(folder))
         try:
@@ -150,9 +153,10 @@ def _is_free(port: int) -> bool:
 
 def _start(server: S3Server, ports: list[int], folder: Path) -> "subprocess.Popen[bytes]":
     s3, master, volume, filer, admin = ports
+    keys = ((server.access_key, server.secret_key), server.second_key)
     identity = {
         "name": "tests",
-        "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}],
+        "credentials": [{"accessKey": key, "secretKey": secret} for key, secret in keys],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     config, data = folder / "s3.json", folder / "data"

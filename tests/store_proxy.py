@@ -37,6 +37,8 @@ class StoreProxy:
     broken: Counter[str] = field(default_factory=Counter)
     gets: int = 0
     """Of objects."""
+    expired_key: str | None = None
+    """An access key that counts no more."""
 
     @property
     def url(self) -> str:
@@ -47,6 +49,9 @@ class StoreProxy:
         self.arrived[int(time.monotonic() - self.started)] += 1
         self.gets += request.method == "GET" and "list-type" not in request.query_string
         body = await request.read()
+        if self.expired_key is not None and f"Credential={self.expired_key}/" in request.headers["Authorization"]:
+            self.broken["expired"] += 1
+            return _refusal(400, "ExpiredToken")
         kind = self.rng.choice(self.kinds) if self.rng.random() < self.rate else None
         if kind == "truncate" and request.method != "GET":
             kind = "reset"  # what is cut on the way in

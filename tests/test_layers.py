@@ -20,6 +20,7 @@ RANKS = {
     "pipeline.thinking": 1,
     "pipeline.tiling": 1,
     "pipeline.addresses": 1,
+    "pipeline.ahead": 1,
     "pipeline.transport": 1,
     "pipeline.scenes": 1,
     "pipeline.cpu_torch": 1,

@@ -8,16 +8,20 @@ import fcntl
 import io
 import os
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.auth
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -503,11 +507,20 @@ def answering(*answers: tuple[int, str]) -> Iterator[tuple[str, list[str]]]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_GET(self) -> None:
+            self.do_PUT()
+
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, code = answers[min(len(requests), len(answers) - 1)]
             requests.append(self.path)
-            body = b"" if not code else f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
+            body = (
+                code.encode()
+                if code.startswith("<")
+                else b""
+                if not code
+                else f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
+            )
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("ETag", '"etag"')
@@ -585,11 +598,48 @@ def test_s3_denied_write_is_told_at_once() -> None:
 
 
 @pytest.mark.usefixtures("any_credentials")
-@pytest.mark.parametrize(("answer", "unavailable"), [((403, "AccessDenied"), False), ((400, "ExpiredToken"), True)])
+@pytest.mark.parametrize(
+    ("answer", "unavailable"),
+    [
+        ((403, "AccessDenied"), False),
+        ((400, "ExpiredToken"), True),
+        ((403, "ExpiredToken"), True),
+        ((403, "InvalidAccessKeyId"), True),
+        ((403, "RequestTimeTooSkewed"), True),
+    ],
+)
 def test_s3_refusal_of_one_object_differs_from_one_of_all(answer: tuple[int, str], unavailable: bool) -> None:
-    with answering(answer) as (endpoint, _), pytest.raises(StorageError) as caught:
-        S3Store(StorageSpec(endpoint_url=endpoint)).put("s3://bucket/a", b"x")
+    with answering(answer) as (endpoint, requests), pytest.raises(StorageError, match=answer[1]) as caught:
+        list(S3Store(StorageSpec(endpoint_url=endpoint)).list("s3://bucket/folder/"))
     assert isinstance(caught.value, StoreUnavailableError) is unavailable
+    assert len(requests) == 1  # a store that never answered is not waited for
+
+
+@pytest.mark.usefixtures("any_credentials")
+@pytest.mark.parametrize("code", ["ExpiredToken", "RequestTimeTooSkewed", "SlowDown"])
+def test_s3_listing_outlasts_the_outage_of_a_store_that_has_answered(code: str) -> None:
+    listing = "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+    with answering((200, listing), *[(400, code)] * 2, (200, listing)) as (endpoint, requests):
+        store = S3Store(StorageSpec(endpoint_url=endpoint))
+        assert [list(store.list("s3://bucket/folder/")) for _ in range(2)] == [[], []]
+    assert len(requests) >= 4
+
+
+def test_s3_clock_that_is_wrong_is_told(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = s3_place(s3)
+    place.put("a")
+    hour = timedelta(hours=1)
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda: datetime.now(UTC).replace(tzinfo=None) + hour)
+    monkeypatch.setattr("pipeline.storage.s3.time.time", partial(_time_after, hour.total_seconds(), time.time))
+    store = S3Store(StorageSpec(endpoint_url=s3.endpoint_url), timeout_s=14.0)  # one that has not answered yet
+    monkeypatch.setattr("pipeline.storage.s3._answered", set())
+    with pytest.raises(StoreUnavailableError, match=r"clock is 3[56]\d\d s ahead of the store's") as caught:
+        store.stat(place.at("a"))
+    assert "RequestTimeTooSkewed" in str(caught.value)
+
+
+def _time_after(seconds: float, clock: Callable[[], float]) -> float:
+    return clock() + seconds
 
 
 def test_s3_body_cut_while_it_is_read_is_fetched_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""A store that breaks one request in five: the job ends right. A store that throttles is not pressed."""
+"""A store that breaks one request in five: the job ends right. A store that throttles is not pressed. Credentials that
+expire are looked for again.
+"""
 
 import io
 import threading
@@ -6,11 +8,12 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from pipeline.batch import run_batch
 from pipeline.spec import parse_spec
 from tests.builders import image_table
-from tests.running import simulated_spec
+from tests.running import simulated_spec, started_r4b, write_spec
 from tests.s3_server import S3Server
 from tests.store_proxy import KINDS, running_proxy
 
@@ -69,3 +72,37 @@ def test_job_outlasts_a_store_that_throttles_and_does_not_press_it(tmp_path: Pat
     seconds = range(int(begun[0]) + 5, int(begun[0]) + 25)
     assert proxy.broken["503"] > 0
     assert sum(proxy.arrived[second] for second in seconds) < 5 * len(seconds)
+
+
+def test_job_goes_on_with_the_credentials_that_came_after_those_that_expired(
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = s3.fresh_prefix("expired")
+    put_shards(s3, prefix, 300)
+    credentials = tmp_path / "credentials"
+
+    def write_credentials(key: str, secret: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+        new.replace(credentials)
+
+    write_credentials(s3.access_key, s3.secret_key)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with running_proxy(s3.endpoint_url) as proxy:
+        spec = write_spec(tmp_path, spec_over(tmp_path, prefix, proxy.url))
+        with started_r4b("run", spec, "--json") as job:
+            deadline = time.monotonic() + 120
+            while not s3.list(f"{prefix}/out/data/") and time.monotonic() < deadline:
+                time.sleep(0.05)
+            proxy.expired_key = s3.access_key
+            while not proxy.broken["expired"] and time.monotonic() < deadline:
+                time.sleep(0.05)
+            write_credentials(*s3.second_key)
+            output, errors = job.communicate(timeout=200)
+    assert job.returncode == 0, errors
+    assert proxy.broken["expired"] > 0
+    assert '"num_rows": 300' in output
+    assert '"num_errors": 0' in output
+    assert s3.secret_key not in output + errors

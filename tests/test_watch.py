@@ -141,6 +141,21 @@ def test_silent_processes_are_killed_and_others_not(cluster: Cluster) -> None:
     run(play, stall_timeout_s=1)
 
 
+def test_an_engine_that_never_starts_is_killed_though_its_process_lives(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        await watch.enter(life(1, "stuck"))
+        await start(watch, life(2, "ready"))
+        for _ in range(15):
+            await watch.beat(life(1, "stuck"))
+            await watch.beat(life(2, "ready"))
+            await watch.beat(life(3, "reader"))
+            await asyncio.sleep(0.1)
+        assert cluster.killed == [life(1, "stuck")]
+        assert (await watch.count())[:2] == (1, 0)
+
+    run(play, stall_timeout_s=1, start_timeout_s=0.5)
+
+
 def test_an_actor_that_hangs_while_it_leaves_is_killed_and_no_death(cluster: Cluster) -> None:
     async def play(watch: Watch) -> None:
         await start(watch, life(1))

@@ -45,6 +45,8 @@ class LimitsSpec(Section):
     fetch_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     stall_timeout_s: Annotated[float, Field(ge=1)] = 600.0
     """Of silence, after which an engine, a reader or a writer is killed and its work done again."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """For an engine to start, its model's download included; then it is killed, and started anew."""
     max_engine_restarts: Annotated[int, Field(ge=0)] = 100
     """In one run; an engine that goes with its node does not count."""
     preemption_grace_s: Annotated[float, Field(ge=0)] = 60.0

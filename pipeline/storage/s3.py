@@ -1,9 +1,13 @@
 """Objects in any store that speaks S3, through boto3 and its retries; what those leave out, tenacity tries again."""
 
 import contextlib
+import email.utils
 import io
+import socket
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from http import HTTPStatus
 from typing import Any, BinaryIO, cast
 
 import boto3
@@ -20,6 +24,10 @@ from pipeline.storage.urls import glob_to_regex, is_glob, split_s3
 TIMEOUT_S = 30.0
 OF_ONE_OBJECT = (403, 404, 405, 412, 416)
 """HTTP statuses that may concern one object alone."""
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+"""Answers to credentials that were good before; a new client finds out whether there are others by now."""
+SKEWED = "RequestTimeTooSkewed"
+OF_ALL_OBJECTS = (*EXPIRED, SKEWED, "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 UPLOAD = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=8 << 20, max_concurrency=4)
 """Of files; boto3 holds up to ten pieces in memory, and makes them larger where there would be more than 10,000."""
 
@@ -36,10 +44,21 @@ def _s3_client(spec: StorageSpec, timeout_s: float, uploads_if_absent: bool = Fa
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    client = boto3.client("s3", endpoint_url=spec.endpoint_url, region_name=spec.region, config=config)
+    session = boto3.Session()  # its own, for a session keeps the credentials that it found first
+    client = session.client("s3", endpoint_url=spec.endpoint_url, region_name=spec.region, config=config)
+    client.meta.events.register("after-call.s3", partial(_note_answer, client.meta.endpoint_url))
     if uploads_if_absent:
         client.meta.events.register("provide-client-params.s3.CompleteMultipartUpload", _add_if_absent)
     return client
+
+
+_answered: set[str] = set()
+"""Endpoints that have answered this process: one that does not now is ill, and no mistake in the spec."""
+
+
+def _note_answer(endpoint_url: str, http_response: Any, **_: Any) -> None:
+    if http_response.status_code < HTTPStatus.BAD_REQUEST:
+        _answered.add(endpoint_url)
 
 
 def _add_if_absent(params: dict[str, Any], **_: Any) -> None:
@@ -52,9 +71,14 @@ class S3Store:
     def __init__(self, spec: StorageSpec, timeout_s: float = TIMEOUT_S) -> None:
         self._settings = (spec, timeout_s)
         try:
-            self.client = _s3_client(spec, timeout_s)
+            _s3_client(*self._settings)
         except (ValueError, botocore.exceptions.BotoCoreError) as error:
             raise SpecError(f"storage: no S3 client can be made with these settings: {error}") from error
+
+    @property
+    def client(self) -> Any:
+        """The present one: it is made anew when its credentials have expired."""
+        return _s3_client(*self._settings)
 
     def list(self, url: str) -> Iterator[ObjectInfo]:
         bucket, key = split_s3(url)
@@ -65,12 +89,24 @@ class S3Store:
         if not is_glob(url) and prefix and not prefix.endswith("/"):
             prefix += "/"
         pattern = glob_to_regex(key)
-        with _told(url):
-            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                for item in page.get("Contents", ()):
-                    if item["Key"].endswith("/") or (is_glob(url) and not pattern.fullmatch(item["Key"])):
-                        continue
-                    yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
+        for item in self._list_keys(url, bucket, prefix):
+            if item["Key"].endswith("/") or (is_glob(url) and not pattern.fullmatch(item["Key"])):
+                continue
+            yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
+
+    def _list_keys(self, url: str, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+        more: dict[str, str] = {}
+        while True:
+            with _told(url):
+                page = self._patiently(lambda: self.client.list_objects_v2(Bucket=bucket, Prefix=prefix, **more))  # noqa: B023
+            yield from page.get("Contents", ())
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        """Outlast an outage, unless the store never answered this process: then the spec may be wrong."""
+        return _outlast(call) if self.client.meta.endpoint_url in _answered else call()
 
     def open(self, url: str, version: str | None = None) -> BinaryIO:
         with _told(url):
@@ -82,14 +118,15 @@ class S3Store:
         return self.open_listed(info)
 
     def open_listed(self, info: ObjectInfo) -> BinaryIO:
-        return cast(BinaryIO, _S3Reader(self.client, info))
+        return cast(BinaryIO, _S3Reader(self, info))
 
     def read(self, url: str, version: str | None = None) -> bytes:
         return self.open(url, version).read()
 
     def stat(self, url: str) -> ObjectInfo | None:
         with _told(url):
-            return self._head(url)
+            found: ObjectInfo | None = self._patiently(partial(self._head, url))
+        return found
 
     def _head(self, url: str) -> ObjectInfo | None:
         bucket, key = split_s3(url)
@@ -98,6 +135,8 @@ class S3Store:
         except botocore.exceptions.ClientError as error:
             if _status(error) == 404:
                 return None
+            if _status(error) in (400, 403):  # for an answer to HEAD has no body, and its code is lost
+                self.client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
             raise
         return ObjectInfo(url, head["ETag"].strip('"'), head["ContentLength"])
 
@@ -109,10 +148,10 @@ class S3Store:
             file.seek(0)
             return self.put_if_absent(url, file.read())
         bucket, key = split_s3(url)
-        client = _s3_client(*self._settings, uploads_if_absent=True)
 
         def upload() -> None:
             file.seek(0)
+            client = _s3_client(*self._settings, uploads_if_absent=True)
             client.upload_fileobj(file, bucket, key, Config=UPLOAD)  # aborts what it cannot complete
 
         return _unless_taken(url, upload)
@@ -120,20 +159,26 @@ class S3Store:
     def put(self, url: str, data: bytes) -> None:
         bucket, key = split_s3(url)
         with _told(url):
-            self.client.put_object(Bucket=bucket, Key=key, Body=data)
+            _outlast(lambda: self.client.put_object(Bucket=bucket, Key=key, Body=data))
 
     def replace(self, url: str, data: bytes, version: str) -> bool:
         return self._put_if(url, data, IfMatch=f'"{version}"')
 
     def _put_if(self, url: str, data: bytes, **condition: str) -> bool:
         bucket, key = split_s3(url)
-        put = partial(self.client.put_object, Bucket=bucket, Key=key, Body=data, **condition)
-        return _unless_taken(url, put)
+        return _unless_taken(url, lambda: self.client.put_object(Bucket=bucket, Key=key, Body=data, **condition))
 
     def delete(self, url: str) -> None:
         bucket, key = split_s3(url)
         with _told(url):
-            self.client.delete_object(Bucket=bucket, Key=key)
+            _outlast(lambda: self.client.delete_object(Bucket=bucket, Key=key))
+
+    def get_range(self, info: ObjectInfo, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of this version; one try beyond boto3's own."""
+        bucket, key = split_s3(info.url)
+        wanted = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{info.version}"'}
+        data: bytes = self.client.get_object(Bucket=bucket, Key=key, **wanted)["Body"].read()
+        return data
 
 
 def _unless_taken(url: str, write: Callable[[], object]) -> bool:
@@ -151,8 +196,8 @@ def _unless_taken(url: str, write: Callable[[], object]) -> bool:
 class _S3Reader(io.RawIOBase):
     """Range reads of one object, each tied to the version that was opened."""
 
-    def __init__(self, client: Any, info: ObjectInfo) -> None:
-        self._client, self._info, self._position = client, info, 0
+    def __init__(self, store: S3Store, info: ObjectInfo) -> None:
+        self._store, self._info, self._position = store, info, 0
 
     def readable(self) -> bool:
         return True
@@ -175,10 +220,9 @@ class _S3Reader(io.RawIOBase):
         start, stop = self._position, min(self._position + len(buffer), self._info.size)
         if start >= stop:
             return 0
-        bucket, key = split_s3(self._info.url)
         with _told(self._info.url):
             try:
-                data: bytes = _outlast(_again, self._get_range, bucket, key, start, stop)
+                data: bytes = _outlast(_again, self._store.get_range, self._info, start, stop)
             except botocore.exceptions.ClientError as error:
                 if _status(error) in (404, 412):
                     raise ShardChangedError(f"{self._info.url} changed or vanished while it was read.") from error
@@ -186,10 +230,6 @@ class _S3Reader(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-    def _get_range(self, bucket: str, key: str, start: int, stop: int) -> Any:
-        wanted = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{self._info.version}"'}
-        return self._client.get_object(Bucket=bucket, Key=key, **wanted)["Body"].read()
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -223,19 +263,29 @@ OUTAGE_ERRORS = (
 
 
 def _is_outage(error: BaseException) -> bool:
-    """The store is throttling, or not well: what boto3 has tried for some 10 to 60 seconds may succeed in a minute."""
+    """The store is throttling, or not well: what boto3 has tried for some 10 to 60 seconds may succeed in a minute.
+
+    So may credentials that have expired, and a clock that is wrong.
+    """
     if isinstance(error, botocore.exceptions.ClientError):
-        return _status(error) in OUTAGE_STATUSES
+        return _status(error) in OUTAGE_STATUSES or _code(error) in (*EXPIRED, SKEWED)
     return isinstance(error, OUTAGE_ERRORS)
+
+
+def _renew(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, botocore.exceptions.ClientError) and _code(error) in EXPIRED:
+        _s3_client.cache_clear()
 
 
 _outlast = tenacity.Retrying(
     retry=tenacity.retry_if_exception(_is_outage),
+    before_sleep=_renew,
     wait=tenacity.wait_random_exponential(2, max=30),
     stop=tenacity.stop_after_delay(OUTAGE_S),
     reraise=True,
 )
-"""Calls a function until the store is well again. For shards and parts: what a job is begun with fails sooner."""
+"""Calls a function until the store is well again."""
 
 
 @contextlib.contextmanager
@@ -248,14 +298,27 @@ def _told(url: str) -> Iterator[None]:
             f"{url}: no S3 credentials found where boto3 looks (AWS_ACCESS_KEY_ID, a profile, a role)."
         ) from error
     except botocore.exceptions.ClientError as error:
-        kind = StorageError if _status(error) in OF_ONE_OBJECT else StoreUnavailableError
-        raise kind(f"{url}: the store answered {_code(error)} ({_status(error)}).") from error
+        is_of_one = _status(error) in OF_ONE_OBJECT and _code(error) not in OF_ALL_OBJECTS
+        kind = StorageError if is_of_one else StoreUnavailableError
+        told = f"{url}: the store answered {_code(error)} ({_status(error)})"
+        raise kind(told + (f": {_tell_skew(error)}" if _code(error) == SKEWED else ".")) from error
     except botocore.exceptions.BotoCoreError as error:
         raise StoreUnavailableError(f"{url}: the store cannot be reached ({type(error).__name__}).") from error
 
 
 def _status(error: botocore.exceptions.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _tell_skew(error: botocore.exceptions.ClientError) -> str:
+    """How wrong this machine's clock is, by the store's."""
+    date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    here = f"{socket.gethostname()}'s clock"
+    try:
+        ahead_s = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return f"{here} differs from the store's. Set it by NTP."
+    return f"{here} is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the store's. Set it by NTP."
 
 
 def _code(error: botocore.exceptions.ClientError) -> str:
