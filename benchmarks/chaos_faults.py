@@ -1,17 +1,14 @@
 """The faults that `benchmarks.chaos` lets strike: each a method, whose name says what it does."""
 
-import contextlib
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import psutil
-
+from benchmarks.cluster_scene import ACTOR, ENGINE, READER, WRITER, find_workers
 from benchmarks.raylets import Raylets, kill_family
 from tests.store_proxy import KINDS, StoreProxy
 
@@ -19,7 +16,6 @@ IMPORTS_S = 4.0
 """Of processor time: a worker that is stopped while it imports its modules is not missed, see docs/DESIGN.md."""
 TROUBLE_SHARE = 0.2
 TROUBLE_S = (5.0, 20.0)
-ACTOR, ENGINE, READER, WRITER = "EngineActor", "EngineCore", "read_batches", "commit_batch"
 
 
 @dataclass
@@ -117,21 +113,12 @@ class Faults:
         self.store.rate = 0.0
 
     def _signal(self, title: str, number: int, at_least_s: float = 0.0) -> str:
-        found = sorted(self._workers(title, at_least_s), key=lambda process: process.pid)
+        found = sorted((process.pid, process) for _, process in find_workers(self.cluster, title, at_least_s))
         if not found:
             return ""
-        process = self.rng.choice(found)
+        _, process = self.rng.choice(found)
         process.send_signal(number)
         return str(process.pid)
-
-    def _workers(self, title: str, at_least_s: float) -> Iterator[psutil.Process]:
-        """The nodes' processes with this title that have worked for as long."""
-        for process in (process for node in self.cluster.nodes for process in node.processes()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                line = " ".join(process.cmdline())
-                is_worker = line.startswith("ray::") or "VLLM::" in line
-                if title in line and is_worker and process.cpu_times().user >= at_least_s:
-                    yield process
 
 
 FAULTS = [

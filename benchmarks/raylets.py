@@ -88,6 +88,9 @@ class Raylets:
     """The cluster. `nodes` are those that were added and not removed, the head is none of them."""
 
     folder: Path
+    num_cpus: float = 2
+    num_gpus: float = 1
+    """Of each node."""
     nodes: list[Node] = field(default_factory=list)
     next_number: int = 2
 
@@ -95,7 +98,7 @@ class Raylets:
     def address(self) -> str:
         return f"{HEAD}:{PORT}"
 
-    def add_node(self, num_cpus: float = 2, num_gpus: float = 1) -> Node:
+    def add_node(self) -> Node:
         """Start a node; it joins within seconds."""
         number = self.next_number
         self.next_number += 1
@@ -112,7 +115,7 @@ class Raylets:
             f"ip route add default via {HEAD}",
         ):
             _run(" ".join([*enter, command]))
-        resources = [f"--num-cpus={num_cpus:g}", f"--num-gpus={num_gpus:g}"]
+        resources = [f"--num-cpus={self.num_cpus:g}", f"--num-gpus={self.num_gpus:g}"]
         start = [RAY, "start", f"--address={self.address}", f"--node-ip-address=10.77.0.{number}", *resources]
         node = Node(number, holder, self._start([*enter, *start]))
         self.nodes.append(node)
@@ -122,6 +125,12 @@ class Raylets:
         """Crash a node for good."""
         node.crash()
         self.nodes.remove(node)
+
+    def mend(self) -> None:
+        """Replace the nodes that did not come up: Ray gives a raylet 30 s, too few on a busy host."""
+        for node in [node for node in self.nodes if node.ray.poll() is not None]:
+            self.remove(node)
+            self.add_node()
 
     def start_head(self, *options: str) -> "subprocess.Popen[bytes]":
         """GCS and a raylet that runs no work."""
@@ -139,13 +148,13 @@ def running_raylets(num_nodes: int, num_cpus: float = 2, num_gpus: float = 1) ->
     """A head and nodes, for as long as the block runs. RAY_ADDRESS names the cluster."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that what was started is ended
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        cluster = Raylets(Path(folder))
+        cluster = Raylets(Path(folder), num_cpus, num_gpus)
         head = cluster.start_head()
         os.environ["RAY_ADDRESS"] = cluster.address
         try:
             wait_for_head()
             for _ in range(num_nodes):
-                cluster.add_node(num_cpus, num_gpus)
+                cluster.add_node()
             yield cluster
         finally:
             for node in list(cluster.nodes):

@@ -1,0 +1,61 @@
+"""A job that spreads over three nodes, of which it loses two in mid-run and then gets one: what is done again.
+
+    python -m benchmarks.node_losses
+
+Nodes in network namespaces (root), the simulated engine. Prints lines of JSON: which nodes had engines and readers,
+what happened when, and the output compared with the plan. Exit code 1 if a row is missing, there twice, or an error.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+from benchmarks.cluster_scene import ACTOR, READER, Job, Scene, find_workers, running_scene, tell
+
+NUM_NODES = 3
+LOOK_S = 0.5
+
+
+def watch(scene: Scene, job: Job, num_parts: int) -> None:
+    """Take two nodes away and add one, each at its time."""
+    steps = [(0.3, "remove"), (0.5, "remove"), (0.65, "add")]
+    driver, start = job.start(), time.monotonic()
+    while driver.poll() is None:
+        done = job.output.look()
+        while steps and done >= steps[0][0] * num_parts:
+            _, step = steps.pop(0)
+            engines = Counter(address for address, _ in find_workers(scene.cluster, ACTOR))
+            readers = Counter(address for address, _ in find_workers(scene.cluster, READER))
+            node = scene.cluster.add_node() if step == "add" else scene.cluster.nodes[0]
+            if step == "remove":
+                scene.cluster.remove(node)
+            seconds = round(time.monotonic() - start, 1)
+            tell(seconds=seconds, parts=done, engines=engines, readers=readers, then=f"{step} {node.address}")
+        scene.cluster.mend()
+        time.sleep(LOOK_S)
+    tell(seconds=round(time.monotonic() - start, 1), ended=driver.returncode, steps_left=len(steps))
+
+
+def main() -> None:
+    """Run it once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--chunk-rows", type=int, default=50)
+    options = parser.parse_args()
+    num_parts = -(-options.rows // options.chunk_rows)
+    with running_scene("benchmarks.node_losses", NUM_NODES, options.rows) as scene:
+        job = Job.make(scene, "losses", scene.make_spec("simulated", options.chunk_rows, 4, seconds_per_token=0.05))
+        watch(scene, job, num_parts)
+        judged = job.output.judge(options.rows)
+        engines, chunks = job.count_losses()
+        finished = job.output.is_finished()
+        tell(**judged, half_written=len(job.output.half_written), engines_lost=engines, chunks_redone=chunks)
+        tell(chunks=num_parts, drivers=job.drivers, finished=finished)
+        job.end()
+    wrong = judged["lost"] or judged["twice"] or judged["errors"] or job.output.half_written
+    sys.exit(0 if finished and not wrong else 1)
+
+
+if __name__ == "__main__":
+    main()
