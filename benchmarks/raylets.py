@@ -49,10 +49,15 @@ class Node:
     number: int
     holder: "subprocess.Popen[bytes]"
     ray: "subprocess.Popen[bytes]"
+    log: Path
 
     @property
     def address(self) -> str:
         return f"10.77.0.{self.number}"
+
+    def has_joined(self) -> bool:
+        """Whether its raylet is part of the cluster."""
+        return "Ray runtime started" in self.log.read_text()
 
     def processes(self) -> list[psutil.Process]:
         """All of the node's."""
@@ -117,7 +122,8 @@ class Raylets:
             _run(" ".join([*enter, command]))
         resources = [f"--num-cpus={self.num_cpus:g}", f"--num-gpus={self.num_gpus:g}"]
         start = [RAY, "start", f"--address={self.address}", f"--node-ip-address=10.77.0.{number}", *resources]
-        node = Node(number, holder, self._start([*enter, *start]))
+        log = self.folder / f"node-{number}.log"
+        node = Node(number, holder, self._start([*enter, *start], log), log)
         self.nodes.append(node)
         return node
 
@@ -135,12 +141,14 @@ class Raylets:
     def start_head(self, *options: str) -> "subprocess.Popen[bytes]":
         """GCS and a raylet that runs no work."""
         start = [RAY, "start", "--head", f"--node-ip-address={HEAD}", f"--port={PORT}", "--num-cpus=0", "--num-gpus=0"]
-        return self._start([*start, "--include-dashboard=false", f"--temp-dir={self.folder}", *options])
+        return self._start(
+            [*start, "--include-dashboard=false", f"--temp-dir={self.folder}", *options], self.folder / "head.log"
+        )
 
-    def _start(self, command: list[str]) -> "subprocess.Popen[bytes]":
+    def _start(self, command: list[str], log: Path) -> "subprocess.Popen[bytes]":
         more = ["--block", f"--object-store-memory={OBJECT_STORE}", "--disable-usage-stats"]
-        with (self.folder / "starts.log").open("ab") as log:
-            return subprocess.Popen([*command, *more], stdout=log, stderr=log, start_new_session=True)
+        with log.open("wb") as file:
+            return subprocess.Popen([*command, *more], stdout=file, stderr=file, start_new_session=True)
 
 
 @contextlib.contextmanager
@@ -155,6 +163,9 @@ def running_raylets(num_nodes: int, num_cpus: float = 2, num_gpus: float = 1) ->
             wait_for_head()
             for _ in range(num_nodes):
                 cluster.add_node()
+                while not cluster.nodes[-1].has_joined():
+                    time.sleep(0.2)
+                    cluster.mend()
             yield cluster
         finally:
             for node in list(cluster.nodes):
