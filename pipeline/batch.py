@@ -46,6 +46,7 @@ from pipeline.records import (
     Losses,
     Manifest,
     Reading,
+    Tally,
     Work,
     valid_text,
 )
@@ -53,6 +54,8 @@ from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
 from pipeline.watch import attend, count_losses, end_watch, start_watch
 
+Outcome = ChunkReport | FailedShard | CommittedChunk
+"""Of a chunk, or of a pass over a shard."""
 MIN_ROWS_FOR_ERROR_RATE = 100
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 ONE_ROW = {**WHOLE_BLOCK, "batch_size": 1}
@@ -84,6 +87,7 @@ def run_batch(
     if retry_errors:
         works += error_works(output, known, committed)
     readings = make_readings(works, plan.streams)
+    tally = Tally(Manifest(job.name, output.fingerprint_hash, job.engine.model))
     if readings:
         start_ray(job)
     on_start(plan, works)
@@ -92,8 +96,9 @@ def run_batch(
         settings = ReadSettings(job, plan.format, plan.schema, find_tiling(job.engine), plan.prompt_table)
         retried = frozenset(work.chunk.chunk_id for work in works if work.retry is not None)
         outcomes = run_readings(readings, settings, output, bool(committed), on_losses)
-        check_shards(watch_errors(outcomes, retried, job.limits.max_error_rate, on_commit))
-    return finish(output, complete_plan(job, plan), stale)
+        reports = count_in(outcomes, tally)
+        check_shards(watch_errors(reports, retried, job.limits.max_error_rate, on_commit))
+    return finish(output, complete_plan(job, plan), stale, tally)
 
 
 def find_deployment(job: JobSpec, model_identity: str) -> dict[str, str]:
@@ -112,7 +117,7 @@ def run_readings(
     output: Output,
     resumes: bool,
     on_losses: Callable[[Losses], None],
-) -> Iterator[ChunkReport | FailedShard | CommittedChunk]:
+) -> Iterator[Outcome]:
     """Stream the input through read, generate and commit; yields a report for each chunk as it is committed."""
     set_up_data()
     job = output.job
@@ -224,8 +229,16 @@ def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[W
     return [Work(chunks[chunk_id], read_retry(output, chunk_id)) for chunk_id in bad]
 
 
+def count_in(outcomes: Iterator[Outcome], tally: Tally) -> Iterator[Outcome]:
+    """The same outcomes, counted."""
+    for outcome in outcomes:
+        if isinstance(outcome, ChunkReport):
+            tally.add(outcome)
+        yield outcome
+
+
 def watch_errors(
-    outcomes: Iterator[ChunkReport | FailedShard | CommittedChunk],
+    outcomes: Iterator[Outcome],
     retried: frozenset[str],
     max_error_rate: float,
     on_commit: Callable[[ChunkReport], None],
@@ -277,13 +290,19 @@ def check_error_rate(num_rows: int, num_errors: int, max_error_rate: float, exam
         )
 
 
-def finish(output: Output, plan: Plan, stale: list[str]) -> Manifest:
-    """Check that every planned chunk is committed, add up the parts, and write `_manifest.json` and `_SUCCESS`."""
+def finish(output: Output, plan: Plan, stale: list[str], tally: Tally) -> Manifest:
+    """Check that every planned chunk is committed, add up the parts, and write `_manifest.json` and `_SUCCESS`.
+
+    Parts of earlier runs are read for that; this run's are in the tally.
+    """
     planned = [chunk.chunk_id for chunk in plan.chunks]
     if missing := set(planned) - committed_chunks(output):
         raise JobError(f"{len(missing)} of {len(planned)} chunks are not committed; run the job again to finish them.")
-    manifest = Manifest(output.job.name, output.fingerprint_hash, output.job.engine.model, len(planned))
-    bad = [report.chunk_id for report in read_reports(output, planned) if manifest.add(report)]
+    for report in read_reports(output, (one for one in planned if one not in tally.counted)):
+        tally.add(report)
+    manifest = tally.manifest
+    manifest.num_chunks = len(planned)
+    bad = [chunk_id for chunk_id in planned if chunk_id in tally.bad]
     manifest.errors_by_type, manifest.damaged_shards = count_errors(output, bad)
     manifest.stale_parts = stale
     check_error_rate(manifest.num_rows, manifest.num_errors, output.job.limits.max_error_rate, None)

@@ -286,7 +286,7 @@ class Manifest:
     name: str
     fingerprint: str
     model: str
-    num_chunks: int
+    num_chunks: int = 0
     num_rows: int = 0
     num_errors: int = 0
     num_thinking: int = 0
@@ -312,6 +312,25 @@ class Manifest:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+@dataclass
+class Tally:
+    """A manifest that grows with the parts that are committed, so that these need not be read again for it."""
+
+    manifest: Manifest
+    counted: set[str] = field(default_factory=set)
+    """Chunk ids."""
+    bad: set[str] = field(default_factory=set)
+    """Of the chunks with errors."""
+
+    def add(self, report: ChunkReport) -> None:
+        """Count a part in, once."""
+        if report.chunk_id in self.counted:
+            return
+        self.counted.add(report.chunk_id)
+        if self.manifest.add(report):
+            self.bad.add(report.chunk_id)
 
 
 def read_part(file: BinaryIO, columns: list[str] | None = None) -> pa.Table:

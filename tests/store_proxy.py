@@ -35,8 +35,8 @@ class StoreProxy:
     started: float = field(default_factory=time.monotonic)
     arrived: Counter[int] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
-    gets: int = 0
-    """Of objects."""
+    asked: Counter[str] = field(default_factory=Counter)
+    """Requests by kind: get, head, put, delete, list."""
     expired_key: str | None = None
     """An access key that counts no more."""
 
@@ -47,7 +47,7 @@ class StoreProxy:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Pass a request on, or break it."""
         self.arrived[int(time.monotonic() - self.started)] += 1
-        self.gets += request.method == "GET" and "list-type" not in request.query_string
+        self.asked["list" if "list-type" in request.query_string else request.method.lower()] += 1
         body = await request.read()
         if self.expired_key is not None and f"Credential={self.expired_key}/" in request.headers["Authorization"]:
             self.broken["expired"] += 1

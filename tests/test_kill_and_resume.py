@@ -194,6 +194,21 @@ def test_job_goes_on_without_a_process_that_hangs_or_must_leave(
     assert len(keys) == len(set(keys)) == 1200
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_job_goes_on_without_vllms_own_process_that_hangs(tmp_path: Path) -> None:
+    write_scene_shards(tmp_path / "in", 400)
+    path = write_spec(tmp_path, real_spec(tmp_path) | {"limits": {"stall_timeout_s": 20}})
+    with started_r4b("run", path, "--json") as process:
+        wait_for_parts(tmp_path / "out", 1, seconds=300)
+        assert kill_one(process.pid, "EngineCore", signal.SIGSTOP)
+        _, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr
+    assert "1 engines were lost" in stderr
+    keys = keys_of(read_output(tmp_path / "out"))
+    assert len(keys) == len(set(keys)) == 400
+
+
 def kill_one(root: int, title: str, number: int = signal.SIGKILL) -> bool:
     """Send a signal to the process of the tree that has worked most of those with this word in their title."""
     worked: dict[psutil.Process, float] = {}

@@ -23,7 +23,7 @@ from pipeline.engine.simulated import SimulatedEngine
 from pipeline.errors import JobError, SpecError
 from pipeline.plan import complete_plan, make_plan
 from pipeline.readers import is_drawn
-from pipeline.records import ChunkReport, FailedShard, GeneratedChunk, Generation, Manifest, Task, read_part
+from pipeline.records import ChunkReport, FailedShard, GeneratedChunk, Generation, Manifest, Tally, Task, read_part
 from pipeline.spec import JobSpec, SampleSpec, SamplingSpec, fingerprint_parts
 from tests.builders import image_table, make_generation, make_job, numbered_png, write_shard
 from tests.layouts import tar_bytes
@@ -170,7 +170,7 @@ def run_without_ray(job: JobSpec) -> Manifest:
     for chunk in read_all(job, plan):
         results = tuple(task.error or make_generation() for task in chunk.tasks)
         commit_chunk(GeneratedChunk(chunk.work, chunk.tasks, results, chunk.kept, chunk.counts, 0.0), output)
-    return finish(output, complete_plan(job, plan), [])
+    return finish(output, complete_plan(job, plan), [], Tally(Manifest("test", output.fingerprint_hash, "sim")))
 
 
 def part_versions(folder: Path) -> dict[str, int]:

@@ -57,7 +57,7 @@ def test_job_outlasts_a_store_that_throttles_and_does_not_press_it(tmp_path: Pat
 
         def throttle() -> None:
             deadline = time.monotonic() + 60
-            while proxy.gets <= 7 and time.monotonic() < deadline:  # the plan reads each of six shards' footers
+            while proxy.asked["get"] <= 7 and time.monotonic() < deadline:  # the plan reads each of six shards' footers
                 time.sleep(0.05)
             begun.append(time.monotonic() - proxy.started)
             proxy.rate = 1.0
@@ -72,6 +72,16 @@ def test_job_outlasts_a_store_that_throttles_and_does_not_press_it(tmp_path: Pat
     seconds = range(int(begun[0]) + 5, int(begun[0]) + 25)
     assert proxy.broken["503"] > 0
     assert sum(proxy.arrived[second] for second in seconds) < 5 * len(seconds)
+
+
+def test_job_goes_on_when_connections_to_the_store_hang(tmp_path: Path, s3: S3Server) -> None:
+    prefix = s3.fresh_prefix("hung")
+    put_shards(s3, prefix, 300)
+    with running_proxy(s3.endpoint_url, seed=5, rate=0.1, kinds=("stall",), stall_s=3600) as proxy:
+        spec = spec_over(tmp_path, prefix, proxy.url) | {"limits": {"fetch_timeout_s": 2}}
+        manifest = run_batch(parse_spec(spec, "the test's spec"))
+        assert proxy.broken["stall"] > 2
+    assert (manifest.num_rows, manifest.num_errors) == (300, 0)
 
 
 def test_job_goes_on_with_the_credentials_that_came_after_those_that_expired(

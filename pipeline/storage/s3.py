@@ -6,6 +6,7 @@ import io
 import socket
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any, BinaryIO, cast
@@ -13,6 +14,8 @@ from typing import Any, BinaryIO, cast
 import boto3
 import botocore.config
 import botocore.exceptions
+import botocore.session
+import botocore.utils
 import tenacity
 from boto3.s3.transfer import TransferConfig
 
@@ -44,12 +47,26 @@ def _s3_client(spec: StorageSpec, timeout_s: float, uploads_if_absent: bool = Fa
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    session = boto3.Session()  # its own, for a session keeps the credentials that it found first
-    client = session.client("s3", endpoint_url=spec.endpoint_url, region_name=spec.region, config=config)
+    client = _make_session().client("s3", endpoint_url=spec.endpoint_url, region_name=spec.region, config=config)
     client.meta.events.register("after-call.s3", partial(_note_answer, client.meta.endpoint_url))
     if uploads_if_absent:
         client.meta.events.register("provide-client-params.s3.CompleteMultipartUpload", _add_if_absent)
     return client
+
+
+def _make_session() -> boto3.Session:
+    """One of its own, for a session keeps the credentials that it found first; its times are read by a fast parser."""
+    session = botocore.session.get_session()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
+    return boto3.Session(botocore_session=session)
+
+
+def _parse_time(value: Any) -> Any:
+    """Botocore's own way with an ISO 8601 time takes three quarters of a listing's processor time."""
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return botocore.utils.parse_timestamp(value)
 
 
 _answered: set[str] = set()
