@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -24,7 +25,6 @@ import psutil
 
 from tests.builders import image_table, write_shard
 from tests.running import R4B, kill_tree, simulated_spec, write_spec
-from tests.s3_server import free_ports
 
 LOOK_S = 1.0
 HEAD_START_S = 10.0
@@ -70,7 +70,7 @@ def measure(num_engines: int, num_chunks: int, chunk_rows: int, folder: Path) ->
         rows = min(per_shard, num_rows - first)
         write_shard(folder / "in" / f"{first:08d}.parquet", image_table(rows, first), 100)
     engine = {"num_gpus": 1, "replicas": {"min": num_engines, "max": num_engines}}
-    spec = simulated_spec(folder, **engine, simulation={"thinking_tokens": 0, "answer_tokens": 1})
+    spec = simulated_spec(folder, **engine, simulation={"thinking_tokens": 1, "answer_tokens": 1})
     spec["prompts"] = [{"id": "p", "template": "What is in the picture?"}]
     spec["output"] = {"url": str(folder / "out"), "chunk_rows": chunk_rows}
     command = [R4B, "run", write_spec(folder, spec), "--json"]
@@ -122,7 +122,8 @@ def main() -> None:
     parser.add_argument("--chunk-rows", type=int, default=4)
     options = parser.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
-    (port,) = free_ports(1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
     ray_folder = tempfile.mkdtemp(prefix="ray-")
     head = start_head(port, max(options.engines), ray_folder)

@@ -56,7 +56,7 @@ def put_copies(store: S3Server, url: str, data: bytes, copies: int) -> None:
 
 def spec_over(folder: Path, prefix: str, endpoint_url: str) -> str:
     """A job's spec on disk."""
-    spec = simulated_spec(folder, simulation={"thinking_tokens": 0, "answer_tokens": 1})
+    spec = simulated_spec(folder, simulation={"thinking_tokens": 1, "answer_tokens": 1})
     spec["prompts"] = [{"id": "p", "template": "What is in the picture?"}]
     spec["storage"] = {"endpoint_url": endpoint_url, "region": "us-east-1"}
     spec["input"] = {"url": f"{prefix}/in/"}
