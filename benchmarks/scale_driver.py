@@ -27,6 +27,8 @@ from tests.builders import image_table, write_shard
 from tests.running import R4B, kill_tree, simulated_spec, write_spec
 
 LOOK_S = 1.0
+NUM_READERS = 4
+"""As many as this host can take; a cluster would have more, of which the head notices little."""
 HEAD_START_S = 10.0
 PARTS = {"driver": "bin/r4b", "gcs": "gcs_server", "raylet": "raylet/raylet", "watch": "ray::Watch"}
 """Words in the command lines of the head's processes."""
@@ -65,7 +67,8 @@ def take_sample(start: float, out: Path, root: psutil.Process) -> Sample:
 
 def measure(num_engines: int, num_chunks: int, chunk_rows: int, folder: Path) -> dict[str, Any]:
     """One job with so many engines."""
-    num_rows, per_shard = num_chunks * chunk_rows, 250 * chunk_rows
+    num_rows = num_chunks * chunk_rows
+    per_shard = -(-num_rows // NUM_READERS)  # each is read by one task
     for first in range(0, num_rows, per_shard):
         rows = min(per_shard, num_rows - first)
         write_shard(folder / "in" / f"{first:08d}.parquet", image_table(rows, first), 100)
