@@ -1,8 +1,8 @@
 """What a chunk costs the head of a cluster: the driver, Ray's control plane and the watch, by the number of engines.
 
-    python -m benchmarks.scale_driver --engines 8 32 96 --chunks 2000
+    python -m benchmarks.scale_driver --engines 4 16 64 --chunks 2000
 
-As many engine actors as are asked for, each with a (fake) GPU, on this host; the simulated engine answers at once. A
+As many engine actors as are asked for, on this host; the simulated engine answers at once. A
 chunk has few rows, for what it costs the head does not depend on its rows. Prints a line of JSON for each number of
 engines: processor milliseconds for each chunk, from the time that all engines were there, and the driver's memory then
 and at the end. The head's own limit is one core for the driver: 1000 / `driver_ms` chunks/s.
@@ -10,6 +10,7 @@ and at the end. The head's own limit is one core for the driver: 1000 / `driver_
 
 import argparse
 import json
+import math
 import os
 import secrets
 import shutil
@@ -23,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.batch import CPUS_PER_CPU_ENGINE
 from tests.builders import image_table, write_shard
 from tests.running import R4B, kill_tree, simulated_spec, write_spec
 
@@ -72,7 +74,7 @@ def measure(num_engines: int, num_chunks: int, chunk_rows: int, folder: Path) ->
     for first in range(0, num_rows, per_shard):
         rows = min(per_shard, num_rows - first)
         write_shard(folder / "in" / f"{first:08d}.parquet", image_table(rows, first), 100)
-    engine = {"num_gpus": 1, "replicas": {"min": num_engines, "max": num_engines}}
+    engine = {"num_gpus": 0, "replicas": {"min": num_engines, "max": num_engines}}
     spec = simulated_spec(folder, **engine, simulation={"thinking_tokens": 1, "answer_tokens": 1})
     spec["prompts"] = [{"id": "p", "template": "What is in the picture?"}]
     spec["output"] = {"url": str(folder / "out"), "chunk_rows": chunk_rows}
@@ -110,9 +112,10 @@ def sum_up(num_engines: int, num_chunks: int, samples: list[Sample]) -> dict[str
 
 
 def start_head(port: int, num_engines: int, folder: str) -> "subprocess.Popen[bytes]":
-    """Ray on loopback, with a GPU and a processor, both fake, for each engine."""
+    """Ray on loopback, with as many (fake) processors as the engines and some readers need: it starts one worker each."""
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    command += [f"--num-cpus={num_engines + 4}", f"--num-gpus={num_engines}", "--object-store-memory=500000000"]
+    num_cpus = math.ceil(CPUS_PER_CPU_ENGINE * num_engines) + 3
+    command += [f"--num-cpus={num_cpus}", "--num-gpus=0", "--object-store-memory=500000000"]
     command += [f"--temp-dir={folder}", "--include-dashboard=false", "--disable-usage-stats"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
 
@@ -120,7 +123,7 @@ def start_head(port: int, num_engines: int, folder: str) -> "subprocess.Popen[by
 def main() -> None:
     """All numbers of engines, one after another, on one Ray head."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", type=int, nargs="+", default=[8, 32, 96])
+    parser.add_argument("--engines", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--chunks", type=int, default=2000)
     parser.add_argument("--chunk-rows", type=int, default=4)
     options = parser.parse_args()
