@@ -112,7 +112,7 @@ def sum_up(num_engines: int, num_chunks: int, samples: list[Sample]) -> dict[str
 
 
 def start_head(port: int, num_engines: int, folder: str) -> "subprocess.Popen[bytes]":
-    """Ray on loopback, with as many (fake) processors as the engines and some readers need: it starts one worker each."""
+    """Ray on loopback, with as few processors as the engines and some readers need: it starts a worker for each."""
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
     num_cpus = math.ceil(CPUS_PER_CPU_ENGINE * num_engines) + 3
     command += [f"--num-cpus={num_cpus}", "--num-gpus=0", "--object-store-memory=500000000"]

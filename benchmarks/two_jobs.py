@@ -1,7 +1,7 @@
 """Two jobs on one cluster while a node dies and another comes; then two drivers on one output, the same way.
 
-    python -m benchmarks.two_jobs                        # each job may have half of the engines
-    python -m benchmarks.two_jobs --replicas 4 --late 20 # each may have all, and the second comes later
+    python -m benchmarks.two_jobs                                          # each job may have half of the engines
+    python -m benchmarks.two_jobs --replicas 4 --late 100 --rows 12000     # each may have all, the second comes later
 
 Nodes in network namespaces (root), the simulated engine, whose speed does not depend on this host's. Prints a line of
 JSON whenever the number of somebody's engines changed, and what each came to. Exit code 1 if a row is missing, there
@@ -96,6 +96,7 @@ def main() -> None:
     num_parts = -(-options.rows // options.chunk_rows)
     with running_scene("benchmarks.two_jobs", NUM_NODES, options.rows, options.gpus) as scene:
         spec = scene.make_spec("simulated", options.chunk_rows, options.replicas, seconds_per_token=0.05)
+        spec["limits"] = {"yield_after_s": 10, "stall_timeout_s": 50}
         jobs = [Job.make(scene, f"job-{number}", spec) for number in range(2)]
         Race(scene, jobs, num_parts).run(options.late)
         judged = [judge(job, options.rows) for job in jobs]

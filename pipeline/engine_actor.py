@@ -7,6 +7,7 @@ Not covered: which actor gets which chunk, which is Ray Data's.
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -156,7 +157,8 @@ class EngineActor:
     async def _tell(self) -> None:
         """Let the watch know that this process, and its event loop, live."""
         while True:
-            self.watch.beat.remote(self.life)
+            if await self._ask(self.watch.beat.remote(self.life)):
+                self._leave(math.inf)
             await asyncio.sleep(self.job.limits.stall_timeout_s / BEATS_IN_A_TIMEOUT)
 
     async def _check(self) -> None:
@@ -189,13 +191,16 @@ class EngineActor:
         """The machine is about to go (a spot notice, a drained node): finish what was begun, if it takes no longer than
         `limits.preemption_grace_s`, and hand the rest back.
         """
+        self._leave(self.job.limits.preemption_grace_s)
+
+    def _leave(self, grace_s: float) -> None:
         if not self.leaving.is_set():
             self.leaving.set()
-            threading.Thread(target=self._depart, name="depart", daemon=True).start()
+            threading.Thread(target=self._depart, args=(grace_s,), name="depart", daemon=True).start()
 
-    def _depart(self) -> None:
+    def _depart(self, grace_s: float) -> None:
         self.watch.depart.remote(self.life)
-        deadline = time.monotonic() + self.job.limits.preemption_grace_s
+        deadline = time.monotonic() + grace_s
         if self.num_begun:
             while self.num_begun and time.monotonic() < deadline:
                 time.sleep(0.1)

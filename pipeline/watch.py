@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.records import Losses
+from pipeline.shares import REPORT_S, find_shares
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import Result, Rows, Suspects, Trial
 
@@ -59,17 +60,30 @@ class _Present:
     is_engine: bool = False
     is_ready: bool = False
     is_leaving: bool = False
+    must_yield: bool = False
     replacing: Any = None
     """The task that has it killed, held here so that it is not collected."""
     chunks: dict[str, tuple[str, Rows | None]] = field(default_factory=dict)
     """Chunks in its engine: a name for people, and the rows on trial."""
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What the watch has to know of a job's engines to share GPUs with other jobs."""
+
+    gpus_per_engine: float
+    max_engines: int
+    chunks_per_engine: int
+    """That run at once."""
+
+
 class Watch:
     """The actor's class; `start_watch` makes the actor. Times are its own clock's."""
 
-    def __init__(self, limits: LimitsSpec) -> None:
+    def __init__(self, limits: LimitsSpec, pool: Pool | None = None) -> None:
         self._limits = limits
+        self._pool = pool
+        self._shares: Any = None
         self._present: dict[Life, _Present] = {}
         self._over: dict[str, Life] = {}
         """The last life of each actor that has ended; what it may still say counts no more."""
@@ -78,7 +92,7 @@ class Watch:
         self._num_deaths = self._num_lost = self._num_begun = 0
         self._in_a_row: dict[str, int] = {}
         self._any_ready = False
-        self._reaper: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
 
     async def enter(self, life: Life) -> str | None:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
@@ -127,9 +141,9 @@ class Watch:
         self._in_a_row.pop(life.owner, None)
         self._suspects.done(chunk_id)
 
-    async def beat(self, life: Life) -> None:
-        """The process lives."""
-        self._hear(life)
+    async def beat(self, life: Life) -> bool:
+        """The process lives; True: it should leave, for another job waits for its GPUs."""
+        return self._hear(life).must_yield
 
     async def depart(self, life: Life) -> None:
         """An actor is about to end: it is still watched, but what it holds is no suspect for its end."""
@@ -145,8 +159,8 @@ class Watch:
         return self._num_deaths, self._num_lost, self._num_begun
 
     def _hear(self, life: Life) -> _Present:
-        if self._reaper is None:
-            self._reaper = asyncio.ensure_future(self._reap())
+        if not self._loops:
+            self._loops = [asyncio.ensure_future(self._reap()), asyncio.ensure_future(self._share())]
         present = _Present(0) if self._over.get(life.owner) == life else self._present.setdefault(life, _Present(0))
         present.heard_at = time.monotonic()
         return present
@@ -203,6 +217,31 @@ class Watch:
             return f"it had not started after {limits.start_timeout_s:g} s"
         return None
 
+    async def _share(self) -> None:
+        """Report what engines there are, and let one go to another job when that is fair."""
+        pool, job = self._pool, ray.get_runtime_context().get_job_id() if self._pool else ""
+        while pool is not None and pool.gpus_per_engine:
+            await asyncio.sleep(REPORT_S)
+            try:
+                self._shares = self._shares or find_shares()
+                yields = await self._shares.report.remote(job, *self._wants(pool), self._limits.yield_after_s)
+            except RayError:
+                self._shares = None  # the job that it belonged to has ended
+                continue
+            if yields and (engines := self._staying()):
+                engines[-1].must_yield = True  # the last to come, which may not even have started
+
+    def _staying(self) -> list[_Present]:
+        engines = [one for one in self._present.values() if one.is_engine and not (one.is_leaving or one.must_yield)]
+        return sorted(engines, key=lambda one: one.entered_at)
+
+    def _wants(self, pool: Pool) -> tuple[float, float, bool]:
+        """GPUs that it has, GPUs of an engine, and whether it could use another engine: all it has are full."""
+        engines = self._staying()
+        are_full = all(len(one.chunks) >= pool.chunks_per_engine for one in engines)
+        wants_more = are_full and len(engines) < pool.max_engines
+        return len(engines) * pool.gpus_per_engine, pool.gpus_per_engine, wants_more
+
     async def _replace(self, life: Life, present: _Present, fault: str) -> None:
         """Have a process killed; one that had ended by itself is blamed for what was in it."""
         try:
@@ -219,11 +258,11 @@ class Watch:
         self._end(life)
 
 
-def start_watch(limits: LimitsSpec) -> Any:
+def start_watch(limits: LimitsSpec, pool: Pool) -> Any:
     """The actor, on the driver's node: it is lost only with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(**options)(Watch).remote(limits)
+    return ray.remote(**options)(Watch).remote(limits, pool)
 
 
 def count_losses(watch: Any, num_chunks: int | None) -> Losses:

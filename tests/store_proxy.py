@@ -122,7 +122,7 @@ def running_proxy(target: str, seed: int = 0, host: str = "127.0.0.1", **setting
         timeout = aiohttp.ClientTimeout(total=120)
         async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
             app[SESSION] = session
-            runner = web.AppRunner(app, access_log=None)
+            runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
             await runner.setup()
             site = web.TCPSite(runner, host, 0)
             await site.start()

@@ -112,7 +112,7 @@ def test_parse_spec_allowed_value_is_taken(key: str, value: Any) -> None:
             "limits.max_rows",
             "max_error_rate, max_image_pixels, max_image_bytes, max_image_frames, image_formats, decode_timeout_s, "
             "decode_memory_bytes, fetch_timeout_s, stall_timeout_s, start_timeout_s, max_engine_restarts, "
-            "preemption_grace_s",
+            "preemption_grace_s, yield_after_s",
         ),
         ("http.proxy", "max_redirects, max_per_host, max_attempts, allow_networks"),
         ("storage.secret_key", "endpoint_url, region"),
@@ -380,6 +380,7 @@ def test_fingerprint_parts_what_decides_an_answer_changes_its_part_alone(key: st
         ("limits.start_timeout_s", 5.0),
         ("limits.max_engine_restarts", 5),
         ("limits.preemption_grace_s", 5.0),
+        ("limits.yield_after_s", None),
         ("engine.simulation.kills_engine", "x"),
         ("limits.decode_timeout_s", 5.0),
         ("limits.decode_memory_bytes", 1 << 28),
@@ -430,5 +431,5 @@ def test_fingerprint_every_key_of_the_spec_was_decided_upon() -> None:
     assert set(type(job.output).model_fields) == {"chunk_rows", "keep_columns"} | {"url"}
     in_fingerprint = {"max_image_pixels", "max_image_bytes", "max_image_frames", "image_formats"}
     not_in_it = {"max_error_rate", "fetch_timeout_s", "decode_timeout_s", "decode_memory_bytes"}
-    not_in_it |= {"stall_timeout_s", "start_timeout_s", "max_engine_restarts", "preemption_grace_s"}
+    not_in_it |= {"stall_timeout_s", "start_timeout_s", "max_engine_restarts", "preemption_grace_s", "yield_after_s"}
     assert set(type(job.limits).model_fields) == in_fingerprint | not_in_it

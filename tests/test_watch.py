@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import RayError
 
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import DEATHS_OF_A_SUSPECT
-from pipeline.watch import MAX_DEATHS_IN_A_ROW, Life, Watch
+from pipeline.watch import MAX_DEATHS_IN_A_ROW, Life, Pool, Watch
 
 ROWS = [0, 1, 2]
 
@@ -47,6 +48,26 @@ async def start(watch: Watch, one: Life) -> str | None:
     reason = await watch.enter(one)
     await watch.ready(one)
     return reason
+
+
+class ReadyShares:
+    """The cluster's shares, which say the same to everybody."""
+
+    def __init__(self) -> None:
+        self.yields = False
+        self.reports: list[tuple[object, ...]] = []
+        self.report = SimpleNamespace(remote=self._report)
+
+    async def _report(self, *report: object) -> bool:
+        self.reports.append(report)
+        return self.yields
+
+    async def next(self) -> tuple[object, ...]:
+        """The first report that is begun from now on."""
+        seen = len(self.reports)
+        while len(self.reports) < seen + 2:  # the next one may be under way
+            await asyncio.sleep(0.01)
+        return self.reports[-1]
 
 
 def run(play: Callable[[Watch], Awaitable[None]], **limits: float) -> None:
@@ -139,6 +160,37 @@ def test_silent_processes_are_killed_and_others_not(cluster: Cluster) -> None:
         assert (await watch.count())[:2] == (1, 1)
 
     run(play, stall_timeout_s=1)
+
+
+def test_the_engine_that_came_last_leaves_when_another_job_waits(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = ReadyShares()
+    monkeypatch.setattr("pipeline.watch.find_shares", lambda: shares)
+    monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
+    monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
+    first, last, reader = life(1, "first"), life(2, "last"), life(3, "reader")
+
+    async def play() -> None:
+        watch = Watch(LimitsSpec(), Pool(gpus_per_engine=2, max_engines=3, chunks_per_engine=1))
+        await watch.beat(reader)
+        assert await shares.next() == ("job", 0, 2, True, 120.0)
+        await start(watch, first)
+        await watch.begin(first, "a", "a", ROWS)
+        assert await shares.next() == ("job", 2, 2, True, 120.0)
+        await start(watch, last)
+        assert await shares.next() == ("job", 4, 2, False, 120.0)  # the second engine has room
+        await watch.begin(last, "b", "b", ROWS)
+        assert await shares.next() == ("job", 4, 2, True, 120.0)
+        assert not any([await watch.beat(one) for one in (first, last, reader)])
+        shares.yields = True
+        while not await watch.beat(last):
+            await asyncio.sleep(0.01)
+        shares.yields = False
+        assert not any([await watch.beat(one) for one in (first, reader)])
+        assert await shares.next() == ("job", 2, 2, True, 120.0)  # what leaves is no longer this job's
+
+    asyncio.run(play())
 
 
 def test_an_engine_that_never_starts_is_killed_though_its_process_lives(cluster: Cluster) -> None:

@@ -1,0 +1,94 @@
+"""Who lets an engine go for whom, by the clock of the test."""
+
+import pytest
+
+from pipeline.shares import FORGOTTEN_S, REPORT_S, Shares
+
+PATIENCE_S = 60.0
+
+
+class Cluster:
+    """Jobs by name, each with its GPUs; they report in turn."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.shares = Shares(lambda: self.now)
+
+    def report(self, name: str, gpus: float, wants: bool = True, size: float = 1, patience: float | None = 60) -> bool:
+        return self.shares.report(name, gpus, size, wants, patience)
+
+    def play(self, gpus: dict[str, float], rounds: int, most: int) -> list[dict[str, float]]:
+        """Rounds of reports; what one lets go, the job that waits with fewest gets."""
+        history = []
+        for _ in range(rounds):
+            self.now += REPORT_S
+            for name in list(gpus):
+                if self.report(name, gpus[name], gpus[name] < most):
+                    gpus[name] -= 1
+                    gpus[min(gpus, key=gpus.__getitem__)] += 1
+            history.append(dict(gpus))
+        return history
+
+
+def test_a_job_alone_keeps_everything() -> None:
+    cluster = Cluster()
+    for _ in range(20):
+        cluster.now += REPORT_S
+        assert not cluster.report("a", 8)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        ({"a": 4, "b": 0}, {"a": 2, "b": 2}),
+        ({"a": 5, "b": 0}, {"a": 3, "b": 2}),
+        ({"a": 6, "b": 0, "c": 0}, {"a": 2, "b": 2, "c": 2}),
+        ({"a": 1, "b": 0}, {"a": 1, "b": 0}),
+    ],
+)
+def test_jobs_end_with_equal_shares_and_stay_there(start: dict[str, float], end: dict[str, float]) -> None:
+    history = Cluster().play(dict(start), 100, most=8)
+    assert history[4] == start  # nobody has waited long enough
+    assert history[-1] == end
+    assert history[-1] == history[-20]
+
+
+def test_nothing_goes_to_a_job_that_wants_no_more() -> None:
+    cluster = Cluster()
+    for _ in range(20):
+        cluster.now += REPORT_S
+        assert not cluster.report("b", 1, wants=False)
+        assert not cluster.report("a", 7)
+
+
+def test_nothing_goes_to_a_job_whose_engines_are_larger_or_that_has_ended() -> None:
+    cluster = Cluster()
+    for _ in range(20):
+        cluster.now += REPORT_S
+        cluster.report("b", 0, size=4)
+        assert not cluster.report("a", 8)
+    cluster.report("c", 0)
+    cluster.now += PATIENCE_S + FORGOTTEN_S
+    assert not cluster.report("a", 8)
+
+
+def test_who_never_yields_does_not() -> None:
+    cluster = Cluster()
+    for _ in range(20):
+        cluster.now += REPORT_S
+        cluster.report("b", 0)
+        assert not cluster.report("a", 8, patience=None)
+
+
+def test_waiting_begins_anew_when_an_engine_went_and_when_nothing_was_wanted() -> None:
+    cluster = Cluster()
+    yields = []
+    for _ in range(14):
+        cluster.now += REPORT_S
+        cluster.report("b", 0)
+        yields.append(cluster.report("a", 8))
+    assert [number for number, one in enumerate(yields) if one] == [6, 12]
+    cluster.report("b", 0, wants=False)
+    cluster.report("b", 0)
+    cluster.now += REPORT_S
+    assert not cluster.report("a", 8)
