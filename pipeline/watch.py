@@ -94,6 +94,10 @@ class Watch:
         self._any_ready = False
         self._loops: list[asyncio.Task[None]] = []
 
+    async def open(self) -> None:
+        """Begin to watch, before anybody has said a word; after a restart the first word does it."""
+        self._begin()
+
     async def enter(self, life: Life) -> str | None:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
         present = self._hear(life)
@@ -158,9 +162,12 @@ class Watch:
         """Engines that died so far, engines that went with their node, and how often a chunk was begun."""
         return self._num_deaths, self._num_lost, self._num_begun
 
-    def _hear(self, life: Life) -> _Present:
+    def _begin(self) -> None:
         if not self._loops:
-            self._loops = [asyncio.ensure_future(self._reap()), asyncio.ensure_future(self._share())]
+            self._loops = [asyncio.ensure_future(loop) for loop in (self._reap(), self._share())]
+
+    def _hear(self, life: Life) -> _Present:
+        self._begin()
         present = _Present(0) if self._over.get(life.owner) == life else self._present.setdefault(life, _Present(0))
         present.heard_at = time.monotonic()
         return present
@@ -262,7 +269,9 @@ def start_watch(limits: LimitsSpec, pool: Pool) -> Any:
     """The actor, on the driver's node: it is lost only with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(**options)(Watch).remote(limits, pool)
+    watch = ray.remote(**options)(Watch).remote(limits, pool)
+    watch.open.remote()
+    return watch
 
 
 def count_losses(watch: Any, num_chunks: int | None) -> Losses:

@@ -72,7 +72,9 @@ class ReadyShares:
 
 def run(play: Callable[[Watch], Awaitable[None]], **limits: float) -> None:
     async def main() -> None:
-        await play(Watch(LimitsSpec.model_validate(limits)))
+        watch = Watch(LimitsSpec.model_validate(limits))
+        await watch.open()
+        await play(watch)
 
     asyncio.run(main())
 
@@ -173,6 +175,7 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
 
     async def play() -> None:
         watch = Watch(LimitsSpec(), Pool(gpus_per_engine=2, max_engines=3, chunks_per_engine=1))
+        await watch.open()
         await watch.beat(reader)
         assert await shares.next() == ("job", 0, 2, True, 120.0)
         await start(watch, first)
