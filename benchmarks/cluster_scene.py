@@ -91,7 +91,15 @@ class Job:
 
 
 @contextlib.contextmanager
-def running_scene(module: str, num_nodes: int, num_rows: int, num_gpus: float = 1, **proxy: Any) -> Iterator[Scene]:
+def running_scene(
+    module: str,
+    num_nodes: int,
+    num_rows: int,
+    num_cpus: float = 2,
+    num_gpus: float = 1,
+    rows_per_shard: int = 500,
+    **proxy: Any,
+) -> Iterator[Scene]:
     """A cluster with a head and so many nodes, and shards of so many rows in a store that the nodes reach."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -101,14 +109,14 @@ def running_scene(module: str, num_nodes: int, num_rows: int, num_gpus: float = 
         running_s3() as store,
         credentials_in_environment(store),
         running_proxy(store.endpoint_url, host=HEAD, **proxy) as front,
-        running_raylets(num_nodes, num_gpus=num_gpus) as cluster,
+        running_raylets(num_nodes, num_cpus, num_gpus) as cluster,
     ):
         input_url = store.fresh_prefix("in") + "/"
-        put_shards(store, input_url, num_rows)
+        put_shards(store, input_url, num_rows, rows_per_shard)
         yield Scene(cluster, store, front, Path(folder), input_url, num_rows)
 
 
-def put_shards(store: S3Server, url: str, num_rows: int, rows_per_shard: int = 500) -> None:
+def put_shards(store: S3Server, url: str, num_rows: int, rows_per_shard: int) -> None:
     """Shards of small images."""
     for first in range(0, num_rows, rows_per_shard):
         buffer = io.BytesIO()

@@ -65,7 +65,7 @@ def main() -> None:
         running_proxy(store.endpoint_url, seed=1, kinds=KINDS, stall_s=10) as proxy,
     ):
         input_url = store.fresh_prefix("in") + "/"
-        put_shards(store, input_url, options.rows)
+        put_shards(store, input_url, options.rows, 500)
         proxy.rate = SHARE
         right = run_job(store, proxy, input_url, options.rows)
 

@@ -21,6 +21,10 @@ import psutil
 from benchmarks.cluster_scene import ACTOR, Job, Scene, find_workers, running_scene, tell
 
 NUM_NODES = 4
+CPUS = 3
+"""Of each node: one for its engine."""
+NUM_SHARDS = 6
+"""A reader keeps its half of a processor until its shard is read: six of the first job's leave room for the other's."""
 LOSS_AT = 0.4
 LOOK_S = 0.5
 
@@ -97,7 +101,9 @@ def main() -> None:
     parser.add_argument("--what", choices=["jobs", "drivers", "both"], default="both")
     options = parser.parse_args()
     num_parts = -(-options.rows // options.chunk_rows)
-    with running_scene("benchmarks.two_jobs", NUM_NODES, options.rows, options.gpus) as scene:
+    with running_scene(
+        "benchmarks.two_jobs", NUM_NODES, options.rows, CPUS, options.gpus, -(-options.rows // NUM_SHARDS)
+    ) as scene:
         spec = scene.make_spec("simulated", options.chunk_rows, options.replicas, seconds_per_token=0.05)
         spec["limits"] = {"yield_after_s": 10, "stall_timeout_s": 50}
         judged = []
