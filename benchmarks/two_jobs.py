@@ -105,6 +105,7 @@ def main() -> None:
         "benchmarks.two_jobs", NUM_NODES, options.rows, CPUS, options.gpus, -(-options.rows // NUM_SHARDS)
     ) as scene:
         spec = scene.make_spec("simulated", options.chunk_rows, options.replicas, seconds_per_token=0.05)
+        spec["engine"]["replicas"]["min"] = min(options.replicas, NUM_NODES // 2)
         spec["limits"] = {"yield_after_s": 10, "stall_timeout_s": 50}
         judged = []
         if options.what != "drivers":

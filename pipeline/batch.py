@@ -121,7 +121,7 @@ def run_readings(
     """Stream the input through read, generate and commit; yields a report for each chunk as it is committed."""
     set_up_data()
     job = output.job
-    watch = start_watch(job.limits, Pool(job.engine.gpus_per_actor, job.engine.replicas.max, chunks_at_once(job)))
+    watch = start_watch(job.limits, Pool(job.engine.gpus_per_actor, job.engine.replicas.min))
     reading = {"settings": settings, "output": output if resumes else None, "watch": watch}
     dataset = readings_to_dataset(readings)
     dataset = dataset.map_batches(read_batches, fn_kwargs=reading, num_cpus=CPUS_PER_READ, **WHOLE_BLOCK)
@@ -173,7 +173,7 @@ def engine_resources(job: JobSpec) -> dict[str, Any]:
     """The actor pool: its size, what each actor reserves, and how many chunks each holds."""
     engine = job.engine
     num_gpus = engine.gpus_per_actor
-    chunks = chunks_at_once(job)
+    chunks = chunks_in_flight(engine.max_num_seqs, job.output.chunk_rows * max(1, len(job.spec_prompts)))
     pool = ray.data.ActorPoolStrategy(
         min_size=engine.replicas.min,
         max_size=engine.replicas.max,
@@ -187,11 +187,6 @@ def engine_resources(job: JobSpec) -> dict[str, Any]:
         "num_cpus": 1 if num_gpus else CPUS_PER_CPU_ENGINE,
         "max_restarts": -1,  # how often is the watch's to say
     }
-
-
-def chunks_at_once(job: JobSpec) -> int:
-    """How many chunks each of its engines runs."""
-    return chunks_in_flight(job.engine.max_num_seqs, job.output.chunk_rows * max(1, len(job.spec_prompts)))
 
 
 def chunks_in_flight(max_num_seqs: int, rows_per_chunk: int) -> int:

@@ -50,6 +50,7 @@ class EngineActor:
         self.made_with = made_with
         self.watch = watch
         self.life = Life.here()
+        watch.place.remote(self.life)
         self.beats = Beats(watch, self.life, job.limits)  # a model that loads holds up the event loop
         self.engine: Any = None
         self.ready_at = 0.0
@@ -88,6 +89,9 @@ class EngineActor:
         """Start the engine; raises JobError if there is no use in that, or if the very first engine does not start."""
         if (reason := await self._ask(self.watch.enter.remote(self.life))) is not None:
             raise JobError(reason)
+        if await self._ask(self.watch.beat.remote(self.life)):
+            self._leave(0)
+            await self.never.wait()
         try:
             engine = await open_engine(self.job.engine, self.made_with)
         except JobError as error:

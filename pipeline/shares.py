@@ -2,7 +2,8 @@
 
 Ray gives a free GPU to whoever asked first, and takes none away: a job that began alone keeps all of them to its end.
 So every job's watch (`pipeline.watch`) reports here, to one Ray actor of the cluster, how many GPUs its engines have,
-and whether it wants more. The actor belongs to the watch that made it and goes with it; then another makes the next.
+and whether they are fewer than `engine.replicas.min`. The actor belongs to the watch that made it and goes with it; then
+another makes the next.
 Not covered: which engine goes, and its chunks, which are the watch's and the engine actor's.
 """
 
@@ -17,6 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 REPORT_S = 10.0
 FORGOTTEN_S = 4 * REPORT_S
 """After which a job that reports no more has ended."""
+GIVE_WAY_S = 60.0
+"""For which a GPU that was let go is kept free for the job that waits."""
 
 
 @dataclass
@@ -27,12 +30,22 @@ class _Job:
     heard_at: float
 
 
+@dataclass(frozen=True)
+class _Debt:
+    """A GPU that one job let go for another, which had so many then."""
+
+    receiver: str
+    gpus: float
+    since: float
+
+
 class Shares:
     """The actor's class. Times are its own clock's."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._jobs: dict[str, _Job] = {}
+        self._debts: dict[str, _Debt] = {}
 
     def report(
         self, job: str, gpus: float, gpus_per_engine: float, is_wanting: bool, yield_after_s: float | None
@@ -53,7 +66,20 @@ class Shares:
             has_waited = other.wanting_since is not None and now - other.wanting_since >= yield_after_s
             if name != job and has_waited and self._is_fairer(mine, other):
                 other.wanting_since = now
+                self._debts[job] = _Debt(name, other.gpus, now)
                 return True
+        return False
+
+    def owes(self, job: str) -> bool:
+        """Whether the GPU that a job let go last has not been taken by the one for which it did."""
+        debt = self._debts.get(job)
+        if debt is None:
+            return False
+        now, receiver = self._clock(), self._jobs.get(debt.receiver)
+        is_waiting = receiver is not None and receiver.wanting_since is not None and receiver.gpus <= debt.gpus
+        if is_waiting and now - debt.since < GIVE_WAY_S:
+            return True
+        del self._debts[job]
         return False
 
     def _is_fairer(self, mine: _Job, other: _Job) -> bool:

@@ -56,6 +56,8 @@ class _Present:
     """What is known of a process that lives."""
 
     heard_at: float
+    placed_at: float | None = None
+    """If it holds GPUs; its engine starts with its first chunk."""
     entered_at: float = 0.0
     is_engine: bool = False
     is_ready: bool = False
@@ -72,9 +74,8 @@ class Pool:
     """What the watch has to know of a job's engines to share GPUs with other jobs."""
 
     gpus_per_engine: float
-    max_engines: int
-    chunks_per_engine: int
-    """That run at once."""
+    min_engines: int
+    """For as many Ray Data asks until it has them; for more only where Ray Data thinks that there is room."""
 
 
 class Watch:
@@ -84,6 +85,8 @@ class Watch:
         self._limits = limits
         self._pool = pool
         self._shares: Any = None
+        self._leavers: set[str] = set()
+        """Actors that were told to leave for another job, and which Ray starts again as soon as it can."""
         self._present: dict[Life, _Present] = {}
         self._over: dict[str, Life] = {}
         """The last life of each actor that has ended; what it may still say counts no more."""
@@ -97,6 +100,15 @@ class Watch:
     async def open(self) -> None:
         """Begin to watch, before anybody has said a word; after a restart the first word does it."""
         self._begin()
+
+    async def place(self, life: Life) -> None:
+        """An actor has its GPUs; the ones that it had before may have been let go for a job that still waits."""
+        self._hear(life).placed_at = time.monotonic()
+        if life.owner in self._leavers:
+            self._leavers.discard(life.owner)
+            with contextlib.suppress(RayError):
+                if await self._shares.owes.remote(ray.get_runtime_context().get_job_id()):
+                    self._let_go(life, self._hear(life))
 
     async def enter(self, life: Life) -> str | None:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
@@ -236,18 +248,22 @@ class Watch:
                 self._shares = None  # the job that it belonged to has ended
                 continue
             if yields and (engines := self._staying()):
-                engines[-1].must_yield = True  # the last to come, which may not even have started
+                self._let_go(*engines[-1])  # the last to come, which may not even have started
 
-    def _staying(self) -> list[_Present]:
-        engines = [one for one in self._present.values() if one.is_engine and not (one.is_leaving or one.must_yield)]
-        return sorted(engines, key=lambda one: one.entered_at)
+    def _let_go(self, life: Life, present: _Present) -> None:
+        present.must_yield = True
+        self._leavers.add(life.owner)
+
+    def _staying(self) -> list[tuple[Life, _Present]]:
+        """What holds GPUs and keeps them, in the order of its coming."""
+        found = [(one.placed_at, life, one) for life, one in self._present.items() if one.placed_at is not None]
+        found = [each for each in found if not (each[2].is_leaving or each[2].must_yield)]
+        return [(life, one) for _, life, one in sorted(found, key=lambda each: each[0])]
 
     def _wants(self, pool: Pool) -> tuple[float, float, bool]:
-        """GPUs that it has, GPUs of an engine, and whether it could use another engine: all it has are full."""
-        engines = self._staying()
-        are_full = all(len(one.chunks) >= pool.chunks_per_engine for one in engines)
-        wants_more = are_full and len(engines) < pool.max_engines
-        return len(engines) * pool.gpus_per_engine, pool.gpus_per_engine, wants_more
+        """GPUs that it has, GPUs of an engine, and whether it waits for another engine."""
+        num_engines = len(self._staying())
+        return num_engines * pool.gpus_per_engine, pool.gpus_per_engine, num_engines < pool.min_engines
 
     async def _replace(self, life: Life, present: _Present, fault: str) -> None:
         """Have a process killed; one that had ended by itself is blamed for what was in it."""

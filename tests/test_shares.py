@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.shares import FORGOTTEN_S, REPORT_S, Shares
+from pipeline.shares import FORGOTTEN_S, GIVE_WAY_S, REPORT_S, Shares
 
 PATIENCE_S = 60.0
 
@@ -17,13 +17,13 @@ class Cluster:
     def report(self, name: str, gpus: float, wants: bool = True, size: float = 1, patience: float | None = 60) -> bool:
         return self.shares.report(name, gpus, size, wants, patience)
 
-    def play(self, gpus: dict[str, float], rounds: int, most: int) -> list[dict[str, float]]:
+    def play(self, gpus: dict[str, float], rounds: int, least: int) -> list[dict[str, float]]:
         """Rounds of reports; what one lets go, the job that waits with fewest gets."""
         history = []
         for _ in range(rounds):
             self.now += REPORT_S
             for name in list(gpus):
-                if self.report(name, gpus[name], gpus[name] < most):
+                if self.report(name, gpus[name], gpus[name] < least):
                     gpus[name] -= 1
                     gpus[min(gpus, key=gpus.__getitem__)] += 1
             history.append(dict(gpus))
@@ -47,7 +47,7 @@ def test_a_job_alone_keeps_everything() -> None:
     ],
 )
 def test_jobs_end_with_equal_shares_and_stay_there(start: dict[str, float], end: dict[str, float]) -> None:
-    history = Cluster().play(dict(start), 100, most=8)
+    history = Cluster().play(dict(start), 100, least=8)
     assert history[4] == start  # nobody has waited long enough
     assert history[-1] == end
     assert history[-1] == history[-20]
@@ -92,3 +92,26 @@ def test_waiting_begins_anew_when_an_engine_went_and_when_nothing_was_wanted() -
     cluster.report("b", 0)
     cluster.now += REPORT_S
     assert not cluster.report("a", 8)
+
+
+def test_a_gpu_that_was_let_go_is_owed_until_it_is_taken_or_for_a_minute() -> None:
+    cluster = Cluster()
+    cluster.report("b", 0)
+    assert not cluster.shares.owes("a")
+    while not cluster.report("a", 4):
+        cluster.now += REPORT_S
+        cluster.report("b", 0)
+    assert cluster.shares.owes("a")
+    assert not cluster.shares.owes("b")
+    cluster.report("b", 1)
+    assert not cluster.shares.owes("a")
+    cluster.report("b", 0)
+    assert not cluster.shares.owes("a")  # it is paid
+    while not cluster.report("a", 4):
+        cluster.now += REPORT_S
+        cluster.report("b", 0)
+    granted = cluster.now
+    while cluster.shares.owes("a"):
+        cluster.now += REPORT_S
+        cluster.report("b", 0)
+    assert cluster.now == granted + GIVE_WAY_S

@@ -45,6 +45,7 @@ def life(number: int, owner: str = "actor", node: str = "node") -> Life:
 
 
 async def start(watch: Watch, one: Life) -> str | None:
+    await watch.place(one)
     reason = await watch.enter(one)
     await watch.ready(one)
     return reason
@@ -56,11 +57,16 @@ class ReadyShares:
     def __init__(self) -> None:
         self.yields = False
         self.reports: list[tuple[object, ...]] = []
+        self.owed = True
         self.report = SimpleNamespace(remote=self._report)
+        self.owes = SimpleNamespace(remote=self._owes)
 
     async def _report(self, *report: object) -> bool:
         self.reports.append(report)
         return self.yields
+
+    async def _owes(self, job: str) -> bool:
+        return self.owed
 
     async def next(self) -> tuple[object, ...]:
         """The first report that is begun from now on."""
@@ -174,17 +180,15 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
     first, last, reader = life(1, "first"), life(2, "last"), life(3, "reader")
 
     async def play() -> None:
-        watch = Watch(LimitsSpec(), Pool(gpus_per_engine=2, max_engines=3, chunks_per_engine=1))
+        watch = Watch(LimitsSpec(), Pool(gpus_per_engine=2, min_engines=2))
         await watch.open()
         await watch.beat(reader)
         assert await shares.next() == ("job", 0, 2, True, 120.0)
         await start(watch, first)
-        await watch.begin(first, "a", "a", ROWS)
         assert await shares.next() == ("job", 2, 2, True, 120.0)
+        await watch.place(last)
+        assert await shares.next() == ("job", 4, 2, False, 120.0)
         await start(watch, last)
-        assert await shares.next() == ("job", 4, 2, False, 120.0)  # the second engine has room
-        await watch.begin(last, "b", "b", ROWS)
-        assert await shares.next() == ("job", 4, 2, True, 120.0)
         assert not any([await watch.beat(one) for one in (first, last, reader)])
         shares.yields = True
         while not await watch.beat(last):
@@ -192,6 +196,17 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
         shares.yields = False
         assert not any([await watch.beat(one) for one in (first, reader)])
         assert await shares.next() == ("job", 2, 2, True, 120.0)  # what leaves is no longer this job's
+        await watch.depart(last)
+        again, later = life(4, "last"), life(5, "last")
+        await watch.place(again)  # before the other job took what was let go
+        await watch.enter(again)
+        assert await watch.beat(again)
+        await watch.depart(again)
+        shares.owed = False
+        await watch.place(later)
+        await watch.enter(later)
+        assert not await watch.beat(later)
+        assert (await watch.count())[:2] == (0, 0)
 
     asyncio.run(play())
 

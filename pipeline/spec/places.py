@@ -52,7 +52,7 @@ class LimitsSpec(Section):
     preemption_grace_s: Annotated[float, Field(ge=0)] = 60.0
     """For an actor that is asked to end to finish what is in its engine."""
     yield_after_s: Annotated[float, Field(ge=0)] | None = 120.0
-    """Of another job's waiting for GPUs on the same cluster, after which this one lets an engine go; null: never."""
+    """Of another job's waiting for its `replicas.min` engines, after which this one lets one go; null: never."""
 
     @pydantic.field_validator("image_formats")
     @classmethod
