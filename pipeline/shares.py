@@ -2,8 +2,8 @@
 
 Ray gives a free GPU to whoever asked first, and takes none away: a job that began alone keeps all of them to its end.
 So every job's watch (`pipeline.watch`) reports here, to one Ray actor of the cluster, how many GPUs its engines have,
-and whether they are fewer than `engine.replicas.min`. The actor belongs to the watch that made it and goes with it; then
-another makes the next.
+and whether they are fewer than `engine.replicas.min`. The actor belongs to the watch that made it and goes with it;
+then another makes the next.
 Not covered: which engine goes, and its chunks, which are the watch's and the engine actor's.
 """
 
