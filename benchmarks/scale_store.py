@@ -35,7 +35,7 @@ from tests.store_proxy import running_proxy
 CHUNK_ROWS = 64
 PAGE = 1000
 PUTS_AT_ONCE = 16
-DOLLARS = {"put": 0.005 / 1000, "list": 0.005 / 1000, "get": 0.0004 / 1000, "head": 0.0004 / 1000}
+DOLLARS = {"put": 0.005 / 1000, "list": 0.005 / 1000, "get": 0.0004 / 1000, "head": 0.0004 / 1000, "delete": 0.0}
 """Amazon's price of one request, S3 Standard, us-east-1."""
 MIB = 1 << 20
 
