@@ -4,8 +4,8 @@
 
 As many engine actors as are asked for, on this host; the simulated engine answers at once. A
 chunk has few rows, for what it costs the head does not depend on its rows. Prints a line of JSON for each number of
-engines: processor milliseconds for each chunk, from the time that all engines were there, and the driver's memory then
-and at the end. The head's own limit is one core for the driver: 1000 / `driver_ms` chunks/s.
+engines: processor milliseconds for each chunk, from the time that all engines were there, and the driver's memory at
+six times from then to the end. The head's own limit is one core for the driver: 1000 / `driver_ms` chunks/s.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def sum_up(num_engines: int, num_chunks: int, samples: list[Sample]) -> dict[str
         "seconds": round(last.seconds - first.seconds, 1),
         "all_engines_after_s": round(first.seconds, 1),
         **costs,
-        "driver_mib": [round(first.driver_mib), round(last.driver_mib)],
+        "driver_mib": [round(steady[number * (len(steady) - 1) // 5].driver_mib) for number in range(6)],
     }
 
 
