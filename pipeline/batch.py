@@ -20,6 +20,7 @@ from pipeline.asking import load_prompt_table
 from pipeline.cluster import find_cause, start_ray
 from pipeline.commits import (
     Output,
+    check_owner,
     claim_output,
     commit_chunk,
     committed_chunks,
@@ -230,9 +231,9 @@ def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[W
 
 
 def count_in(outcomes: Iterator[Outcome], tally: Tally) -> Iterator[Outcome]:
-    """The same outcomes, counted."""
+    """The same outcomes, counted: parts without errors, for what nobody will replace needs no second look."""
     for outcome in outcomes:
-        if isinstance(outcome, ChunkReport):
+        if isinstance(outcome, ChunkReport) and not outcome.num_errors:
             tally.add(outcome)
         yield outcome
 
@@ -293,8 +294,12 @@ def check_error_rate(num_rows: int, num_errors: int, max_error_rate: float, exam
 def finish(output: Output, plan: Plan, stale: list[str], tally: Tally) -> Manifest:
     """Check that every planned chunk is committed, add up the parts, and write `_manifest.json` and `_SUCCESS`.
 
-    Parts of earlier runs are read for that; this run's are in the tally.
+    Parts of earlier runs, and those with errors, are read for that; the others are in the tally.
     """
+    try:
+        check_owner(output)
+    except SpecError as error:
+        raise JobError(f"Another job took this output meanwhile. {error}") from error
     planned = [chunk.chunk_id for chunk in plan.chunks]
     if missing := set(planned) - committed_chunks(output):
         raise JobError(f"{len(missing)} of {len(planned)} chunks are not committed; run the job again to finish them.")

@@ -72,9 +72,14 @@ def claim_output(output: Output, force_new: bool = False) -> None:
             discard_output(output)
         if store.stat(output.file(JOB_FILE)) is None:
             store.put_if_absent(output.file(JOB_FILE), data)
-        theirs = read_job_file(output.url, output.job.storage)
+        check_owner(output)
     except JobError as error:
         raise SpecError(f"output.url: {error}") from error
+
+
+def check_owner(output: Output) -> None:
+    """Raise SpecError if the output belongs to another job, or does so by now."""
+    theirs = read_job_file(output.url, output.job.storage)
     if theirs["fingerprint"] != output.fingerprint_hash:
         raise SpecError(_refusal(output, theirs["made_with"]))
 

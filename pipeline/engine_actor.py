@@ -50,7 +50,7 @@ class EngineActor:
         self.made_with = made_with
         self.watch = watch
         self.life = Life.here()
-        watch.place.remote(self.life)
+        self.placed = watch.place.remote(self.life)
         self.beats = Beats(watch, self.life, job.limits)  # a model that loads holds up the event loop
         self.engine: Any = None
         self.ready_at = 0.0
@@ -89,7 +89,9 @@ class EngineActor:
         """Start the engine; raises JobError if there is no use in that, or if the very first engine does not start."""
         if (reason := await self._ask(self.watch.enter.remote(self.life))) is not None:
             raise JobError(reason)
+        await self._ask(self.placed)
         if await self._ask(self.watch.beat.remote(self.life)):
+            await self._ask(self.watch.depart.remote(self.life))
             self._leave(0)
             await self.never.wait()
         try:
@@ -161,7 +163,7 @@ class EngineActor:
     async def _tell(self) -> None:
         """Let the watch know that this process, and its event loop, live."""
         while True:
-            if await self._ask(self.watch.beat.remote(self.life)):
+            if await self._ask(self.watch.beat.remote(self.life, is_engine=True)):
                 self._leave(math.inf)
             await asyncio.sleep(self.job.limits.stall_timeout_s / BEATS_IN_A_TIMEOUT)
 

@@ -26,6 +26,10 @@ from pipeline.spec import LimitsSpec
 from pipeline.suspects import Result, Rows, Suspects, Trial
 
 BEATS_IN_A_TIMEOUT = 10
+BEATS_MISSED = 3
+"""After which a process is no longer counted as one that holds GPUs."""
+MAX_UNSTARTED = 5
+"""Engines of a job that died before any of its engines had started."""
 MAX_DEATHS_IN_A_ROW = 12
 """Of one actor's engines, none of which answered anything."""
 MAX_TOLD = 3
@@ -85,14 +89,12 @@ class Watch:
         self._limits = limits
         self._pool = pool
         self._shares: Any = None
-        self._leavers: set[str] = set()
-        """Actors that were told to leave for another job, and which Ray starts again as soon as it can."""
         self._present: dict[Life, _Present] = {}
         self._over: dict[str, Life] = {}
         """The last life of each actor that has ended; what it may still say counts no more."""
         self._suspects = Suspects()
         self._deaths: list[str] = []
-        self._num_deaths = self._num_lost = self._num_begun = 0
+        self._num_deaths = self._num_lost = self._num_begun = self._num_unstarted = 0
         self._in_a_row: dict[str, int] = {}
         self._any_ready = False
         self._loops: list[asyncio.Task[None]] = []
@@ -102,13 +104,12 @@ class Watch:
         self._begin()
 
     async def place(self, life: Life) -> None:
-        """An actor has its GPUs; the ones that it had before may have been let go for a job that still waits."""
-        self._hear(life).placed_at = time.monotonic()
-        if life.owner in self._leavers:
-            self._leavers.discard(life.owner)
+        """An actor has got GPUs; they may be those that were let go for a job that still waits."""
+        present = self._hear(life)
+        present.placed_at = time.monotonic()
+        if self._shares is not None:
             with contextlib.suppress(RayError):
-                if await self._shares.owes.remote(ray.get_runtime_context().get_job_id()):
-                    self._let_go(life, self._hear(life))
+                present.must_yield = await self._shares.owes.remote(ray.get_runtime_context().get_job_id())
 
     async def enter(self, life: Life) -> str | None:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
@@ -157,9 +158,13 @@ class Watch:
         self._in_a_row.pop(life.owner, None)
         self._suspects.done(chunk_id)
 
-    async def beat(self, life: Life) -> bool:
+    async def beat(self, life: Life, is_engine: bool = False) -> bool:
         """The process lives; True: it should leave, for another job waits for its GPUs."""
-        return self._hear(life).must_yield
+        present = self._hear(life)
+        if is_engine and present.placed_at is None:  # this watch is a new one
+            present.placed_at, present.is_engine, present.is_ready = time.monotonic(), True, True
+            self._any_ready = True
+        return present.must_yield
 
     async def depart(self, life: Life) -> None:
         """An actor is about to end: it is still watched, but what it holds is no suspect for its end."""
@@ -196,6 +201,7 @@ class Watch:
         for chunk_id, (_, rows) in present.chunks.items():
             self._suspects.charge(chunk_id, rows)
         self._num_deaths += 1
+        self._num_unstarted += not self._any_ready
         if present.chunks:  # an engine that does not start is its machine's fault, and others may
             self._in_a_row[life.owner] = self._in_a_row.get(life.owner, 0) + 1
         names = [name for name, _ in present.chunks.values()]
@@ -205,6 +211,8 @@ class Watch:
         told = "\n".join(f"  {death}" for death in self._deaths)
         if self._in_a_row.get(owner, 0) >= MAX_DEATHS_IN_A_ROW:
             return f"{MAX_DEATHS_IN_A_ROW} engines of one actor died in a row, without an answer. The last:\n{told}"
+        if not self._any_ready and self._num_unstarted >= MAX_UNSTARTED:
+            return f"{self._num_unstarted} engines died as they started, and none has started. The last:\n{told}"
         if self._num_deaths > self._limits.max_engine_restarts:
             return (
                 f"{self._num_deaths} engines died, more than limits.max_engine_restarts = "
@@ -244,21 +252,21 @@ class Watch:
             try:
                 self._shares = self._shares or find_shares()
                 yields = await self._shares.report.remote(job, *self._wants(pool), self._limits.yield_after_s)
-            except RayError:
-                self._shares = None  # the job that it belonged to has ended
+            except (RayError, ValueError):  # the job that it belonged to has ended, maybe this very moment
+                self._shares = None
                 continue
-            if yields and (engines := self._staying()):
-                self._let_go(*engines[-1])  # the last to come, which may not even have started
+            if yields and (engines := [one for one in self._staying() if one.is_engine]):
+                engines[-1].must_yield = True  # the last to come
 
-    def _let_go(self, life: Life, present: _Present) -> None:
-        present.must_yield = True
-        self._leavers.add(life.owner)
-
-    def _staying(self) -> list[tuple[Life, _Present]]:
-        """What holds GPUs and keeps them, in the order of its coming."""
-        found = [(one.placed_at, life, one) for life, one in self._present.items() if one.placed_at is not None]
-        found = [each for each in found if not (each[2].is_leaving or each[2].must_yield)]
-        return [(life, one) for _, life, one in sorted(found, key=lambda each: each[0])]
+    def _staying(self) -> list[_Present]:
+        """What holds GPUs and keeps them, in the order of its coming: each actor's last life, if it gives signs."""
+        since = time.monotonic() - self._limits.stall_timeout_s * BEATS_MISSED / BEATS_IN_A_TIMEOUT
+        last: dict[str, _Present] = {}
+        for life, one in self._present.items():
+            if one.placed_at is not None and one.heard_at > since:
+                last[life.owner] = one
+        staying = [one for one in last.values() if not (one.is_leaving or one.must_yield)]
+        return sorted(staying, key=lambda one: one.placed_at or 0.0)
 
     def _wants(self, pool: Pool) -> tuple[float, float, bool]:
         """GPUs that it has, GPUs of an engine, and whether it waits for another engine."""

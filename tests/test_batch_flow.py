@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.batch import chunks_in_flight, run_batch
-from pipeline.errors import ErrorRateError, SpecError
+from pipeline.errors import ErrorRateError, JobError, SpecError
 from pipeline.records import ChunkReport, Manifest
 from pipeline.spec import parse_spec
 from tests.running import keys_of, read_output, simulated_spec, write_scene_shards
@@ -157,6 +157,18 @@ def test_run_all_rows_failing_fails_even_a_small_job(tmp_path: Path) -> None:
     write_images(tmp_path / "in" / "a.parquet", [None, b""])
     with pytest.raises(ErrorRateError, match="2 of 2 rows"):
         run(image_spec(tmp_path))
+
+
+def test_run_whose_output_another_job_took_meanwhile_does_not_finish_it(tmp_path: Path) -> None:
+    write_images(tmp_path / "in" / "a.parquet", [png((1, 2, 3))] * 20)
+    job_file = tmp_path / "out" / "_job.json"
+
+    def take_over(report: ChunkReport) -> None:
+        job_file.write_text(json.dumps(json.loads(job_file.read_text()) | {"fingerprint": "0" * 64}))
+
+    with pytest.raises(JobError, match="Another job took this output meanwhile"):
+        run_batch(parse_spec(image_spec(tmp_path), "test"), on_commit=take_over)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_retry_errors_redoes_only_the_error_rows(tmp_path: Path) -> None:

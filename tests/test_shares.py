@@ -17,6 +17,15 @@ class Cluster:
     def report(self, name: str, gpus: float, wants: bool = True, size: float = 1, patience: float | None = 60) -> bool:
         return self.shares.report(name, gpus, size, wants, patience)
 
+    def wait_until_a_yields(self, b_gpus: float) -> int:
+        """How many reports it takes."""
+        for number in range(100):
+            self.report("b", b_gpus)
+            if self.report("a", 8):
+                return number
+            self.now += REPORT_S
+        pytest.fail("a lets nothing go")
+
     def play(self, gpus: dict[str, float], rounds: int, least: int) -> list[dict[str, float]]:
         """Rounds of reports; what one lets go, the job that waits with fewest gets."""
         history = []
@@ -80,38 +89,59 @@ def test_who_never_yields_does_not() -> None:
         assert not cluster.report("a", 8, patience=None)
 
 
-def test_waiting_begins_anew_when_an_engine_went_and_when_nothing_was_wanted() -> None:
+def test_one_engine_goes_at_a_time_and_the_next_when_it_was_taken_and_more_is_wanted() -> None:
     cluster = Cluster()
-    yields = []
-    for _ in range(14):
+    assert cluster.wait_until_a_yields(b_gpus=0) == 6
+    for _ in range(30):  # it finishes what it has begun
         cluster.now += REPORT_S
         cluster.report("b", 0)
-        yields.append(cluster.report("a", 8))
-    assert [number for number, one in enumerate(yields) if one] == [6, 12]
-    cluster.report("b", 0, wants=False)
-    cluster.report("b", 0)
-    cluster.now += REPORT_S
-    assert not cluster.report("a", 8)
-
-
-def test_a_gpu_that_was_let_go_is_owed_until_it_is_taken_or_for_a_minute() -> None:
-    cluster = Cluster()
-    cluster.report("b", 0)
-    assert not cluster.shares.owes("a")
-    while not cluster.report("a", 4):
-        cluster.now += REPORT_S
-        cluster.report("b", 0)
+        assert not cluster.report("a", 7)
     assert cluster.shares.owes("a")
     assert not cluster.shares.owes("b")
     cluster.report("b", 1)
     assert not cluster.shares.owes("a")
-    cluster.report("b", 0)
-    assert not cluster.shares.owes("a")  # it is paid
-    while not cluster.report("a", 4):
+    assert cluster.wait_until_a_yields(b_gpus=1) < 10
+
+
+def test_a_gpu_is_kept_free_for_a_minute_from_its_departure_and_then_no_more_until_something_changes() -> None:
+    cluster = Cluster()
+    cluster.wait_until_a_yields(b_gpus=0)
+    for _ in range(20):
         cluster.now += REPORT_S
         cluster.report("b", 0)
-    granted = cluster.now
+        cluster.report("a", 7)
+    left = cluster.now
     while cluster.shares.owes("a"):
         cluster.now += REPORT_S
         cluster.report("b", 0)
-    assert cluster.now == granted + GIVE_WAY_S
+        cluster.report("a", 7)
+    assert cluster.now == left + GIVE_WAY_S
+    for _ in range(30):
+        cluster.now += REPORT_S
+        cluster.report("b", 0)
+        assert not cluster.report("a", 8)
+    cluster.report("b", 0, wants=False)
+    assert cluster.wait_until_a_yields(b_gpus=0) == 6
+
+
+def test_the_job_with_most_yields_whoever_reports_first() -> None:
+    cluster = Cluster()
+    for _ in range(10):
+        cluster.now += REPORT_S
+        cluster.report("c", 0)
+        assert not cluster.report("b", 4, wants=False)
+        if cluster.report("a", 8, wants=False):
+            break
+    else:
+        pytest.fail("nobody let an engine go")
+
+
+def test_shares_of_gpus_are_compared_without_their_rounding() -> None:
+    cluster = Cluster()
+    for _ in range(10):
+        cluster.now += REPORT_S
+        cluster.report("b", 0.3, size=0.3)
+        if cluster.report("a", 3 * 0.3, size=0.3):
+            break
+    else:
+        pytest.fail("nobody let an engine go")

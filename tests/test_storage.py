@@ -625,6 +625,14 @@ def test_s3_listing_outlasts_the_outage_of_a_store_that_has_answered(code: str) 
     assert len(requests) >= 4
 
 
+@pytest.mark.usefixtures("any_credentials")
+@pytest.mark.parametrize("token", ["", "<NextContinuationToken>same</NextContinuationToken>"])
+def test_s3_listing_that_leads_nowhere_is_told(token: str) -> None:
+    listing = f"<ListBucketResult><IsTruncated>true</IsTruncated>{token}</ListBucketResult>"
+    with answering((200, listing)) as (endpoint, _), pytest.raises(StoreUnavailableError, match="does not go on"):
+        list(S3Store(StorageSpec(endpoint_url=endpoint)).list("s3://bucket/folder/"))
+
+
 def test_s3_clock_that_is_wrong_is_told(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     place = s3_place(s3)
     place.put("a")

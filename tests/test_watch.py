@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import DEATHS_OF_A_SUSPECT
-from pipeline.watch import MAX_DEATHS_IN_A_ROW, Life, Pool, Watch
+from pipeline.watch import MAX_DEATHS_IN_A_ROW, MAX_UNSTARTED, Life, Pool, Watch
 
 ROWS = [0, 1, 2]
 
@@ -182,10 +182,12 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
     async def play() -> None:
         watch = Watch(LimitsSpec(), Pool(gpus_per_engine=2, min_engines=2))
         await watch.open()
+        shares.owed = False
         await watch.beat(reader)
         assert await shares.next() == ("job", 0, 2, True, 120.0)
         await start(watch, first)
         assert await shares.next() == ("job", 2, 2, True, 120.0)
+        shares.owed = False
         await watch.place(last)
         assert await shares.next() == ("job", 4, 2, False, 120.0)
         await start(watch, last)
@@ -197,6 +199,7 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
         assert not any([await watch.beat(one) for one in (first, reader)])
         assert await shares.next() == ("job", 2, 2, True, 120.0)  # what leaves is no longer this job's
         await watch.depart(last)
+        shares.owed = True
         again, later = life(4, "last"), life(5, "last")
         await watch.place(again)  # before the other job took what was let go
         await watch.enter(again)
@@ -209,6 +212,51 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
         assert (await watch.count())[:2] == (0, 0)
 
     asyncio.run(play())
+
+
+def test_engines_that_never_start_end_the_job_unless_one_has_started(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        reasons = []
+        for number in range(MAX_UNSTARTED + 1):
+            reasons.append(await watch.enter(life(number, f"actor-{number}")))
+            await watch.died(life(number, f"actor-{number}"), "it ran out of memory")
+        assert reasons[:-1] == [None] * MAX_UNSTARTED
+        assert "engines died as they started" in str(reasons[-1])
+        assert "it ran out of memory" in str(reasons[-1])
+        await start(watch, life(99, "good"))
+        assert await watch.enter(life(100, "another")) is None
+
+    run(play)
+
+
+def test_what_gives_no_sign_holds_no_gpus(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = ReadyShares()
+    shares.owed = False
+    monkeypatch.setattr("pipeline.watch.find_shares", lambda: shares)
+    monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
+    monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
+
+    async def play() -> None:
+        watch = Watch(LimitsSpec(stall_timeout_s=1), Pool(gpus_per_engine=1, min_engines=2))
+        await watch.open()
+        await start(watch, life(1, "a"))
+        await start(watch, life(2, "b"))
+        await start(watch, life(3, "b"))  # its process had died without a word
+        assert (await shares.next())[1] == 2
+        await asyncio.sleep(0.4)
+        await watch.beat(life(1, "a"), is_engine=True)
+        assert (await shares.next())[1] == 1
+
+    asyncio.run(play())
+
+
+def test_a_watch_that_is_new_learns_of_engines_by_their_beats(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        await watch.beat(life(1, "a"), is_engine=True)
+        await watch.beat(life(2, "reader"))
+        assert len(watch._staying()) == 1
+
+    run(play)
 
 
 def test_an_engine_that_never_starts_is_killed_though_its_process_lives(cluster: Cluster) -> None:

@@ -119,7 +119,9 @@ class S3Store:
             yield from page.get("Contents", ())
             if not page.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            before, more = more, {"ContinuationToken": page.get("NextContinuationToken", "")}
+            if more["ContinuationToken"] in ("", before.get("ContinuationToken")):
+                raise StoreUnavailableError(f"{url}: the store's listing does not go on where it says it does.")
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         """Outlast an outage, unless the store never answered this process: then the spec may be wrong."""
@@ -147,13 +149,14 @@ class S3Store:
 
     def _head(self, url: str) -> ObjectInfo | None:
         bucket, key = split_s3(url)
+        client = self.client
         try:
-            head = self.client.head_object(Bucket=bucket, Key=key)
+            head = client.head_object(Bucket=bucket, Key=key)
         except botocore.exceptions.ClientError as error:
             if _status(error) == 404:
                 return None
-            if _status(error) in (400, 403):  # for an answer to HEAD has no body, and its code is lost
-                self.client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
+            if _status(error) in (400, 403):  # an answer to HEAD has no body, and its code is lost
+                client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
             raise
         return ObjectInfo(url, head["ETag"].strip('"'), head["ContentLength"])
 
@@ -188,7 +191,7 @@ class S3Store:
     def delete(self, url: str) -> None:
         bucket, key = split_s3(url)
         with _told(url):
-            _outlast(lambda: self.client.delete_object(Bucket=bucket, Key=key))
+            self._patiently(lambda: self.client.delete_object(Bucket=bucket, Key=key))
 
     def get_range(self, info: ObjectInfo, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of this version; one try beyond boto3's own."""
@@ -271,6 +274,15 @@ _again = tenacity.Retrying(
 )
 """Calls a function until it succeeds, up to six times within a minute."""
 
+CREDENTIAL_ERRORS = (
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.PartialCredentialsError,
+    botocore.exceptions.CredentialRetrievalError,
+    botocore.exceptions.MetadataRetrievalError,
+    botocore.exceptions.ConfigParseError,
+)
+_renewals: set[float] = set()
+"""When this process's credentials had expired: since then, that there are none may be a file that is being written."""
 OUTAGE_S = 300.0
 OUTAGE_STATUSES = (429, 500, 502, 503, 504)
 OUTAGE_ERRORS = (
@@ -286,12 +298,15 @@ def _is_outage(error: BaseException) -> bool:
     """
     if isinstance(error, botocore.exceptions.ClientError):
         return _status(error) in OUTAGE_STATUSES or _code(error) in (*EXPIRED, SKEWED)
-    return isinstance(error, OUTAGE_ERRORS)
+    return isinstance(error, OUTAGE_ERRORS) or (bool(_renewals) and isinstance(error, CREDENTIAL_ERRORS))
 
 
 def _renew(state: tenacity.RetryCallState) -> None:
+    """Let the next try look for credentials anew, if they are what is wrong."""
     error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, botocore.exceptions.ClientError) and _code(error) in EXPIRED:
+    has_expired = isinstance(error, botocore.exceptions.ClientError) and _code(error) in EXPIRED
+    if has_expired or isinstance(error, CREDENTIAL_ERRORS):
+        _renewals.add(time.monotonic())
         _s3_client.cache_clear()
 
 
