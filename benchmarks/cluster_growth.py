@@ -27,6 +27,7 @@ from tests.running import R4B, kill_tree, simulated_spec, write_spec
 
 HEAD_ID = "f" * 51 + "00000"
 IDLE_MINUTES = 0.3
+TELL_S = 10.0
 
 
 def cluster_config(num_nodes: int) -> dict[str, Any]:
@@ -63,12 +64,13 @@ def cluster_config(num_nodes: int) -> dict[str, Any]:
 
 
 class Timeline:
-    """What there is, looked at again and again; prints what changed."""
+    """What there is, looked at again and again; prints what changed, and how fast rows came since it last printed."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.start = time.monotonic()
         self.last: tuple[int, ...] = ()
+        self.told_at, self.told_rows = 0.0, 0
         self.first: dict[str, float] = {}
         self.parts: dict[str, int] = {}
 
@@ -84,10 +86,10 @@ class Timeline:
         for name, seen in (("first GPU", gpus), ("first row", rows), ("all GPUs in use", gpus and not free)):
             if seen and name not in self.first:
                 self.first[name] = round(now, 1)
-        seen_now = (gpus, gpus - free, rows)
-        if seen_now[:2] != self.last[:2]:
-            print(f"{now:6.1f} s  GPU nodes {gpus}, engines {gpus - free}, rows {rows}", flush=True)
-            self.last = seen_now
+        if (gpus, gpus - free) != self.last or now - self.told_at >= TELL_S:
+            rate = (rows - self.told_rows) / (now - self.told_at) if now > self.told_at else 0.0
+            print(f"{now:6.1f} s  GPU nodes {gpus}, engines {gpus - free}, rows {rows}, rows/s {rate:.1f}", flush=True)
+            self.last, self.told_at, self.told_rows = (gpus, gpus - free), now, rows
         return gpus, gpus - free
 
 
