@@ -251,7 +251,7 @@ class Watch:
             await asyncio.sleep(REPORT_S)
             try:
                 self._shares = self._shares or find_shares()
-                yields = await self._shares.report.remote(job, *self._wants(pool), self._limits.yield_after_s)
+                yields = await self._shares.report.remote(job, *await self._wants(pool), self._limits.yield_after_s)
             except (RayError, ValueError):  # the job that it belonged to has ended, maybe this very moment
                 self._shares = None
                 continue
@@ -268,10 +268,11 @@ class Watch:
         staying = [one for one in last.values() if not (one.is_leaving or one.must_yield)]
         return sorted(staying, key=lambda one: one.placed_at or 0.0)
 
-    def _wants(self, pool: Pool) -> tuple[float, float, bool]:
-        """GPUs that it has, GPUs of an engine, and whether it waits for another engine."""
+    async def _wants(self, pool: Pool) -> tuple[float, float, bool]:
+        """GPUs that it has, GPUs of an engine, and whether it waits for another engine, for which none are free."""
         num_engines = len(self._staying())
-        return num_engines * pool.gpus_per_engine, pool.gpus_per_engine, num_engines < pool.min_engines
+        waits = num_engines < pool.min_engines and await asyncio.to_thread(count_free_gpus) < pool.gpus_per_engine
+        return num_engines * pool.gpus_per_engine, pool.gpus_per_engine, waits
 
     async def _replace(self, life: Life, present: _Present, fault: str) -> None:
         """Have a process killed; one that had ended by itself is blamed for what was in it."""
@@ -319,6 +320,11 @@ def end_watch(watch: Any) -> None:
 def is_node_alive(node_id: str) -> bool:
     """As the cluster knows it now. Blocks."""
     return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def count_free_gpus() -> float:
+    """Of the whole cluster, as it knows it now. Blocks."""
+    return float(ray.available_resources().get("GPU", 0))
 
 
 def kill_there(life: Life) -> Awaitable[bool]:

@@ -173,9 +173,10 @@ def test_silent_processes_are_killed_and_others_not(cluster: Cluster) -> None:
 def test_the_engine_that_came_last_leaves_when_another_job_waits(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = ReadyShares()
+    shares, free = ReadyShares(), [0.0]
     monkeypatch.setattr("pipeline.watch.find_shares", lambda: shares)
     monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
+    monkeypatch.setattr("pipeline.watch.count_free_gpus", lambda: free[0])
     monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
     first, last, reader = life(1, "first"), life(2, "last"), life(3, "reader")
 
@@ -187,6 +188,9 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
         assert await shares.next() == ("job", 0, 2, True, 120.0)
         await start(watch, first)
         assert await shares.next() == ("job", 2, 2, True, 120.0)
+        free[0] = 2.0
+        assert await shares.next() == ("job", 2, 2, False, 120.0)  # Ray gives it those
+        free[0] = 0.0
         shares.owed = False
         await watch.place(last)
         assert await shares.next() == ("job", 4, 2, False, 120.0)
@@ -230,10 +234,11 @@ def test_engines_that_never_start_end_the_job_unless_one_has_started(cluster: Cl
 
 
 def test_what_gives_no_sign_holds_no_gpus(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = ReadyShares()
+    shares, free = ReadyShares(), [0.0]
     shares.owed = False
     monkeypatch.setattr("pipeline.watch.find_shares", lambda: shares)
     monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
+    monkeypatch.setattr("pipeline.watch.count_free_gpus", lambda: free[0])
     monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
 
     async def play() -> None:
