@@ -111,7 +111,7 @@ def test_a_gpu_is_kept_free_for_a_minute_from_its_departure_and_then_no_more_unt
         cluster.report("b", 0)
         cluster.report("a", 7)
     left = cluster.now
-    while cluster.shares.owes("a"):
+    while cluster.shares.owes("a") and cluster.now < left + 2 * GIVE_WAY_S:
         cluster.now += REPORT_S
         cluster.report("b", 0)
         cluster.report("a", 7)
