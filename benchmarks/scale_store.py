@@ -5,7 +5,7 @@
     python -m benchmarks.scale_store count --shards 20 --rows 1280     # requests of a whole job, by kind
 
 `plan` and `count` use SeaweedFS on loopback. `list` uses a server of its own that makes up its pages, for a store with
-a million objects takes an hour to fill here: it shows what the client costs, and `--page-ms` adds what a far store
+a million objects takes long to fill: it shows what the client costs, and `--page-ms` adds what a far store
 takes.
 """
 
@@ -33,7 +33,6 @@ from tests.s3_server import S3Server, credentials_in_environment, free_ports, ru
 from tests.store_proxy import running_proxy
 
 CHUNK_ROWS = 64
-PAGE = 1000
 PUTS_AT_ONCE = 16
 DOLLARS = {"put": 0.005 / 1000, "list": 0.005 / 1000, "get": 0.0004 / 1000, "head": 0.0004 / 1000, "delete": 0.0}
 """Amazon's price of one request, S3 Standard, us-east-1."""
