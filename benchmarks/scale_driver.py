@@ -3,8 +3,9 @@
     python -m benchmarks.scale_driver --engines 4 16 64 --chunks 2000
 
 As many engine actors as are asked for, on this host; the simulated engine answers at once. A chunk has few rows, for
-what it costs the head does not depend on them. Prints a line of JSON for each number of engines: processor milliseconds for each chunk, from the time that all engines were there, and the driver's memory at
-six times from then to the end. The head's own limit is one core for the driver: 1000 / `driver_ms` chunks/s.
+what it costs the head does not depend on them. Prints a line of JSON for each number of engines: processor milliseconds
+for each chunk, from the time that all engines were there, and the driver's memory at six times from then to the end.
+The head's own limit is one core for the driver: 1000 / `driver_ms` chunks/s.
 """
 
 import argparse
