@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.batch import finish, run_batch
-from pipeline.commits import Output, commit_chunk
+from pipeline.commits import Output, claim_output, commit_chunk
 from pipeline.engine import EngineRequest
 from pipeline.engine.simulated import SimulatedEngine
 from pipeline.errors import JobError, SpecError
@@ -167,6 +167,7 @@ def run_without_ray(job: JobSpec) -> Manifest:
     """The same job with all of its stages but Ray and the engine."""
     plan = make_plan(job)
     output = Output(job, fingerprint_parts(job, "", plan.format, plan.schema, plan.prompt_table))
+    claim_output(output)
     for chunk in read_all(job, plan):
         results = tuple(task.error or make_generation() for task in chunk.tasks)
         commit_chunk(GeneratedChunk(chunk.work, chunk.tasks, results, chunk.kept, chunk.counts, 0.0), output)

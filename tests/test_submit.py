@@ -409,7 +409,7 @@ def line(cluster: RayCluster) -> Iterator[Line]:
 
 
 def test_following_goes_on_where_the_connection_broke(cluster: RayCluster, line: Line, tmp_path: Path) -> None:
-    path = prepared(tmp_path, 320)
+    path = prepared(tmp_path, 800)
     with started_r4b("submit", path, "--address", f"http://127.0.0.1:{line.port}") as process:
         for _ in range(2):
             before = len(parts_of(tmp_path))
@@ -419,7 +419,7 @@ def test_following_goes_on_where_the_connection_broke(cluster: RayCluster, line:
             line.cut = False
         stdout, told = process.communicate(timeout=120)
     assert process.returncode == 0, told
-    assert stdout.startswith("320 rows in 21 parts")
+    assert stdout.startswith("800 rows in 52 parts")
     assert "does not answer; trying again" in told
     assert len(cluster.jobs(output_of(tmp_path))) == 1
     from ray.job_submission import JobSubmissionClient
