@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from jobs.terminal import endpoint_option, exits_cleanly, heeded_interrupt, json_option, say, storage_at
 from pipeline.errors import SpecError
-from pipeline.publish import Published, PublishOptions, publish
-from pipeline.publish_versions import Target, Version
+from pipeline.publish import Published, PublishOptions, Target, Version, publish
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 STEPS = {"part": "reading footers", "row": "writing files"}

@@ -35,6 +35,7 @@ from pipeline.commits import (
 from pipeline.engine.models import check_model, find_tiling, identify_model
 from pipeline.engine_actor import EngineActor
 from pipeline.errors import ErrorRateError, JobError, SpecError
+from pipeline.lives import attend
 from pipeline.matching import match_prompts
 from pipeline.plan import Plan, complete_plan, make_plan, make_readings
 from pipeline.readers import ReadSettings, read_chunks
@@ -53,7 +54,7 @@ from pipeline.records import (
 )
 from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
-from pipeline.watch import Pool, attend, count_losses, end_watch, start_watch
+from pipeline.watch import Pool, count_losses, end_watch, start_watch
 
 Outcome = ChunkReport | FailedShard | CommittedChunk
 """Of a chunk, or of a pass over a shard."""

@@ -24,11 +24,11 @@ from ray.exceptions import RayError
 from pipeline.engine import open_engine
 from pipeline.engine.contract import task_to_request
 from pipeline.errors import EngineDiedError, JobError, SampleError
+from pipeline.lives import BEATS_IN_A_TIMEOUT, Beats, Life, kill_children
 from pipeline.records import GeneratedChunk, ReadChunk, Task
 from pipeline.spec import JobSpec
 from pipeline.suspects import Result, Trial
 from pipeline.transport import from_batch, to_batch
-from pipeline.watch import BEATS_IN_A_TIMEOUT, Beats, Life, kill_children
 
 T = TypeVar("T")
 

@@ -8,24 +8,21 @@ Not covered: engines that answer nothing although their process lives; their act
 
 import asyncio
 import contextlib
-import os
-import threading
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.lives import BEATS_IN_A_TIMEOUT, Life, is_node_alive, kill_there
 from pipeline.records import Losses
 from pipeline.shares import REPORT_S, find_shares
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import Result, Rows, Suspects, Trial
 
-BEATS_IN_A_TIMEOUT = 10
 BEATS_MISSED = 3
 """After which a process is no longer counted as one that holds GPUs."""
 MAX_UNSTARTED = 5
@@ -34,25 +31,6 @@ MAX_DEATHS_IN_A_ROW = 12
 """Of one actor's engines, none of which answered anything."""
 MAX_TOLD = 3
 COUNT_S = 10.0
-SAME_START_S = 60.0
-"""Between what a clock that was set anew makes of one start; a process's number is not given again so soon."""
-
-
-@dataclass(frozen=True)
-class Life:
-    """A process that does work. An actor has another life each time it is restarted; its `owner`, the actor, stays."""
-
-    owner: str
-    node_id: str
-    pid: int
-    started: float
-
-    @classmethod
-    def here(cls) -> "Life":
-        """This process's."""
-        context = ray.get_runtime_context()
-        owner = context.get_actor_id() or context.get_worker_id()
-        return cls(owner, context.get_node_id(), os.getpid(), psutil.Process().create_time())
 
 
 @dataclass
@@ -317,72 +295,6 @@ def end_watch(watch: Any) -> None:
         ray.kill(watch)
 
 
-def is_node_alive(node_id: str) -> bool:
-    """As the cluster knows it now. Blocks."""
-    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
-
-
 def count_free_gpus() -> float:
     """Of the whole cluster, as it knows it now. Blocks."""
     return float(ray.available_resources().get("GPU", 0))
-
-
-def kill_there(life: Life) -> Awaitable[bool]:
-    """SIGKILL a process and its children on whichever node it runs, from that node; tells whether it was there."""
-    there = NodeAffinitySchedulingStrategy(life.node_id, soft=False)
-    killed: Awaitable[bool] = _kill_remotely.options(scheduling_strategy=there).remote(life.pid, life.started)
-    return killed
-
-
-def kill_process(pid: int, started: float) -> bool:
-    """SIGKILL a process of this machine and its children, unless it is gone or another has its number now."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        if abs(process.create_time() - started) < SAME_START_S:
-            kill_children(process)
-            process.kill()
-            return True
-    return False
-
-
-_kill_remotely: Any = ray.remote(num_cpus=0, max_retries=0)(kill_process)
-
-
-def kill_children(process: psutil.Process) -> None:
-    """SIGKILL everything that a process has started: an engine that hangs does not see its parent go."""
-    for child in process.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-
-
-class Beats:
-    """A thread that lets the watch know, until `stop`, that this process lives."""
-
-    def __init__(self, watch: Any, life: Life, limits: LimitsSpec) -> None:
-        self._over = threading.Event()
-
-        def beat() -> None:
-            while not self._over.is_set():
-                watch.beat.remote(life)
-                self._over.wait(limits.stall_timeout_s / BEATS_IN_A_TIMEOUT)
-
-        self._thread = threading.Thread(target=beat, name="beats", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """None comes after this."""
-        self._over.set()
-        self._thread.join()
-
-
-_beats: dict[Any, Beats] = {}
-"""This process's, by their watch, if it runs tasks."""
-
-
-def attend(watch: Any, limits: LimitsSpec) -> None:
-    """Let the watch know of this process as long as it lives: Ray gives it one task after another."""
-    if watch in _beats:
-        return
-    while _beats:  # of an earlier run of the same driver
-        _beats.popitem()[1].stop()
-    _beats[watch] = Beats(watch, Life.here(), limits)

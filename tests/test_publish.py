@@ -25,8 +25,7 @@ from jobs.publish import parse_size
 from pipeline.commits import drop_parts
 from pipeline.errors import JobError, SpecError
 from pipeline.plan import part_url
-from pipeline.publish import PublishOptions, publish
-from pipeline.publish_versions import Target
+from pipeline.publish import PublishOptions, Target, publish
 from pipeline.records import Chunk, read_part
 from pipeline.spec import StorageSpec
 from pipeline.storage import LocalStore, Store, join_url, open_store
@@ -244,9 +243,9 @@ def test_publish_of_no_rows_has_the_columns(local: Place, partition: list[str]) 
 
 
 def test_publish_large_part_is_read_in_pieces(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.publish_parts.WHOLE_BYTES", 1000)
-    monkeypatch.setattr("pipeline.publish_parts.BATCH_BYTES", 2000)
-    monkeypatch.setattr("pipeline.publish_files.MAX_GROUP_BYTES", 20_000)
+    monkeypatch.setattr("pipeline.publish.parts.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("pipeline.publish.parts.BATCH_BYTES", 2000)
+    monkeypatch.setattr("pipeline.publish.files.MAX_GROUP_BYTES", 20_000)
     replace(local.maker, rows_per_part=100).fill(3)
     publish(local.maker.url, local.target, local.storage, PublishOptions())
     (path,) = local.files()

@@ -638,9 +638,9 @@ def test_s3_clock_that_is_wrong_is_told(s3: S3Server, monkeypatch: pytest.Monkey
     place.put("a")
     hour = timedelta(hours=1)
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda: datetime.now(UTC).replace(tzinfo=None) + hour)
-    monkeypatch.setattr("pipeline.storage.s3.time.time", partial(_time_after, hour.total_seconds(), time.time))
+    monkeypatch.setattr("pipeline.storage.s3_errors.time.time", partial(_time_after, hour.total_seconds(), time.time))
     store = S3Store(StorageSpec(endpoint_url=s3.endpoint_url), timeout_s=14.0)  # one that has not answered yet
-    monkeypatch.setattr("pipeline.storage.s3._answered", set())
+    monkeypatch.setattr("pipeline.storage.s3.answered_endpoints", set())
     with pytest.raises(StoreUnavailableError, match=r"clock is 3[56]\d\d s ahead of the store's") as caught:
         store.stat(place.at("a"))
     assert "RequestTimeTooSkewed" in str(caught.value)

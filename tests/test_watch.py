@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayError
 
+from pipeline.lives import Life
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import DEATHS_OF_A_SUSPECT
-from pipeline.watch import MAX_DEATHS_IN_A_ROW, MAX_UNSTARTED, Life, Pool, Watch
+from pipeline.watch import MAX_DEATHS_IN_A_ROW, MAX_UNSTARTED, Pool, Watch
 
 ROWS = [0, 1, 2]
 

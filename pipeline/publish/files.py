@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, SpecError
-from pipeline.publish_index import FilePlan, PartsIndex
-from pipeline.publish_parts import Footer, Part, Source, fetch_parts, plain, read_batches
+from pipeline.publish.index import FilePlan, PartsIndex
+from pipeline.publish.parts import Footer, Part, Source, fetch_parts, plain, read_batches
 
 OPEN_FILES = 32
 """Partitions that are written in one pass over the parts."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from pipeline.errors import JobError
-from pipeline.publish_parts import Footer, Part
+from pipeline.publish.parts import Footer, Part
 
 TABLES = """
 PRAGMA journal_mode = OFF;

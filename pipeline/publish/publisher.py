@@ -1,4 +1,4 @@
-"""`r4b publish`: the many small parts of a job become few files of a size, which readers see all at once.
+"""The flow of `r4b publish`.
 
     publish(source, target):
         parts   = list_parts(source)                   # and the version's name: a hash of what there is to publish
@@ -8,7 +8,7 @@
         complete, then point_to                        # the manifest, and one put that moves all readers on
 
 Killed at any moment and started again, it goes on with the files that are there. Memory does not grow with the number
-of parts. Not covered: what a target looks like (`publish_versions`).
+of parts.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from pipeline.errors import JobError, SpecError
-from pipeline.publish_files import Partitions, Writing, json_value, merge_schemas
-from pipeline.publish_index import FilePlan, PartsIndex
-from pipeline.publish_parts import Footer, Source, check_unchanged, list_parts, open_source, read_footers
-from pipeline.publish_versions import FORMAT, PublishedFile, Target, Version
+from pipeline.publish.files import Partitions, Writing, json_value, merge_schemas
+from pipeline.publish.index import FilePlan, PartsIndex
+from pipeline.publish.parts import Footer, Source, check_unchanged, list_parts, open_source, read_footers
+from pipeline.publish.versions import FORMAT, PublishedFile, Target, Version
 from pipeline.spec import StorageSpec
 
 
