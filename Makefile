@@ -7,13 +7,16 @@ TORCH := torch==2.13.0+cpu
 # Where pip's configured sources do not have the CPU build of torch, PyTorch's own index does.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow check bench install clean
+.PHONY: demo test test-long test-slow check bench install clean
 
 demo: install  ## Annotate 300 drawn scenes with the small checkpoint, on this CPU
 	$(BIN)/r4b demo
 
-test: install  ## All tests but the slow ones
+test: install  ## All tests but the long and the slow ones
 	$(BIN)/python -m pytest
+
+test-long: install  ## Whole jobs that are killed, starved and cut off, and submitted to a cluster: half an hour; CI runs it too
+	$(BIN)/python -m pytest -m "long and not slow"
 
 test-slow: install  ## The full-size R-4B shape (about 12 GB of memory), whole jobs and kills on vLLM: most of an hour
 	$(BIN)/python -m pytest -m slow

@@ -34,16 +34,15 @@ from pipeline.commits import (
 )
 from pipeline.engine.models import check_model, find_tiling, identify_model
 from pipeline.engine_actor import EngineActor
-from pipeline.errors import ErrorRateError, JobError, SpecError
+from pipeline.errors import JobError, SpecError
 from pipeline.lives import attend
 from pipeline.matching import match_prompts
+from pipeline.outcomes import Outcome, check_error_rate, check_shards, count_in, watch_errors
 from pipeline.plan import Plan, complete_plan, make_plan, make_readings
 from pipeline.readers import ReadSettings, read_chunks
 from pipeline.records import (
     Chunk,
     ChunkReport,
-    CommittedChunk,
-    FailedShard,
     GeneratedChunk,
     Losses,
     Manifest,
@@ -56,9 +55,6 @@ from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
 from pipeline.watch import Pool, count_losses, end_watch, start_watch
 
-Outcome = ChunkReport | FailedShard | CommittedChunk
-"""Of a chunk, or of a pass over a shard."""
-MIN_ROWS_FOR_ERROR_RATE = 100
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 ONE_ROW = {**WHOLE_BLOCK, "batch_size": 1}
 """The same, for a block has one row; for a stage with GPUs Ray Data takes no None."""
@@ -229,67 +225,6 @@ def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[W
     chunks = {chunk.chunk_id: chunk for chunk in plan.chunks if chunk.chunk_id in committed}
     bad = [report.chunk_id for report in read_reports(output, chunks) if report.num_errors]
     return [Work(chunks[chunk_id], read_retry(output, chunk_id)) for chunk_id in bad]
-
-
-def count_in(outcomes: Iterator[Outcome], tally: Tally) -> Iterator[Outcome]:
-    """The same outcomes, counted: parts without errors, for what nobody will replace needs no second look."""
-    for outcome in outcomes:
-        if isinstance(outcome, ChunkReport) and not outcome.num_errors:
-            tally.add(outcome)
-        yield outcome
-
-
-def watch_errors(
-    outcomes: Iterator[Outcome],
-    retried: frozenset[str],
-    max_error_rate: float,
-    on_commit: Callable[[ChunkReport], None],
-) -> list[FailedShard]:
-    """Drain the flow, and stop it as soon as too many rows have failed; gives the shards that could not be read.
-
-    Chunks with errors that are done again say nothing about the whole job; `finish` judges them with all others.
-    """
-    num_rows = num_errors = 0
-    failed: dict[str, FailedShard] = {}
-    for report in outcomes:
-        if isinstance(report, CommittedChunk):
-            continue
-        if isinstance(report, FailedShard):
-            failed[report.shard] = report
-            continue
-        on_commit(report)
-        if report.chunk_id in retried:
-            continue
-        num_rows += report.num_rows
-        num_errors += report.num_errors
-        if num_rows >= MIN_ROWS_FOR_ERROR_RATE:
-            check_error_rate(num_rows, num_errors, max_error_rate, report.first_error)
-    return list(failed.values())
-
-
-def check_shards(failed: list[FailedShard]) -> None:
-    """Raise JobError if a shard was gone, or another than planned, when it was to be read."""
-    if failed:
-        told = "\n".join(f"  {shard.message}" for shard in failed[:MAX_TOLD])
-        more = f"\n  and {len(failed) - MAX_TOLD} more" if len(failed) > MAX_TOLD else ""
-        raise JobError(
-            f"{len(failed)} shards could not be read; all others are done and committed. "
-            f"Run the job again to plan it anew.\n{told}{more}"
-        )
-
-
-MAX_TOLD = 20
-
-
-def check_error_rate(num_rows: int, num_errors: int, max_error_rate: float, example: str | None) -> None:
-    """Raise ErrorRateError, once there are rows enough to judge by, or when none at all was answered."""
-    judged = num_rows >= MIN_ROWS_FOR_ERROR_RATE or num_errors == num_rows
-    if judged and num_errors > max_error_rate * num_rows:
-        raise ErrorRateError(
-            f"{num_errors} of {num_rows} rows failed, more than limits.max_error_rate = {max_error_rate:g} allows"
-            + (f"; one of them: {example}" if example else ".")
-            + " Committed rows stay. Raise the limit, or mend the input and run with --retry-errors."
-        )
 
 
 def finish(output: Output, plan: Plan, stale: list[str], tally: Tally) -> Manifest:

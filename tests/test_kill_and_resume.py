@@ -32,6 +32,8 @@ from tests.running import (
     write_spec,
 )
 
+pytestmark = pytest.mark.long
+
 SLOW = {"simulation": {"seconds_per_token": 0.004}}
 SpecMaker = Callable[[Path], dict[str, Any]]
 

@@ -35,6 +35,7 @@ RANKS = {
     "pipeline.suspects": 4,
     "pipeline.shares": 4,
     "pipeline.lives": 4,
+    "pipeline.outcomes": 4,
     "pipeline.watch": 5,
     "pipeline.surveys": 5,
     "pipeline.formats": 5,

@@ -15,6 +15,8 @@ from jobs.demo import CHECKPOINT, CPU_ENGINE_ARGS
 from tests.running import r4b, write_scene_shards
 from tests.serving import Served
 
+pytestmark = pytest.mark.long
+
 MODES = ("auto", "long", "short")
 MAX_TOKENS = 100
 COMPARED = ("mode_chosen", "reasoning", "answer", "finish_reason", "prompt_tokens", "completion_tokens")

@@ -16,6 +16,8 @@ from pipeline.watch import MAX_DEATHS_IN_A_ROW
 from tests.builders import numbered_png
 from tests.running import r4b, read_output, simulated_spec, write_spec
 
+pytestmark = pytest.mark.long
+
 POISON = "POISON"
 
 

@@ -23,6 +23,8 @@ from pipeline.scenes import draw_scene, make_scene
 from tests.running import r4b, write_spec
 from tests.s3_server import S3Server
 
+pytestmark = pytest.mark.long
+
 DEMO_ROWS = 100
 TYPES = {
     **dict.fromkeys(["sample_id", "prompt_id", "shard", "mode_requested", "mode_chosen"], "VARCHAR"),

@@ -45,6 +45,8 @@ from tests.running import (
 )
 from tests.test_kill_and_resume import parts_of, wait_for_parts
 
+pytestmark = pytest.mark.long
+
 PLACES = 32
 """Of a replica's engine; rows get 28 of them."""
 SIMULATION: dict[str, Any] = {"thinking_tokens": 30, "answer_tokens": 5, "seconds_per_token": 0.002}

@@ -17,6 +17,8 @@ from tests.running import simulated_spec, started_r4b, write_spec
 from tests.s3_server import S3Server
 from tests.store_proxy import KINDS, running_proxy
 
+pytestmark = pytest.mark.long
+
 SHARE = 0.2
 
 

@@ -39,6 +39,8 @@ from tests.running import (
 )
 from tests.s3_server import S3Server
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "127.0.0.41"
 """Not 127.0.0.1, for which Ray takes the machine's own address on the network."""
