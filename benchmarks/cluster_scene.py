@@ -59,9 +59,9 @@ class Job:
     driver: "subprocess.Popen[bytes] | None" = None
 
     @classmethod
-    def make(cls, scene: Scene, name: str, spec: dict[str, Any]) -> "Job":
+    def make(cls, scene: Scene, name: str, spec: dict[str, Any], num_parts: int | None = None) -> "Job":
         """Give it an output and a folder of its own."""
-        output = WatchedOutput(scene.store, scene.store.fresh_prefix(name))
+        output = WatchedOutput(scene.store, scene.store.fresh_prefix(name), num_parts)
         folder = scene.folder / name
         folder.mkdir()
         return cls(folder, write_spec(folder, spec | {"output": {**spec["output"], "url": output.url}}), output)

@@ -33,9 +33,14 @@ def inside_own_network(module: str) -> None:
         os.execvp("unshare", ["unshare", "-n", sys.executable, "-m", module, *sys.argv[1:]])
     _run("ip link set lo up")
     _run(f"ip link add {BRIDGE} type bridge")
-    _run(f"ip addr add {HEAD}/24 dev {BRIDGE}")
+    _run(f"ip addr add {HEAD}/16 dev {BRIDGE}")
     _run(f"ip link set {BRIDGE} up")
     _run(f"ip route add default dev {BRIDGE}")  # by which Ray finds out this host's address
+
+
+def make_address(number: int) -> str:
+    """Of a node."""
+    return f"10.77.{number // 256}.{number % 256}"
 
 
 def _run(command: str) -> None:
@@ -53,7 +58,7 @@ class Node:
 
     @property
     def address(self) -> str:
-        return f"10.77.0.{self.number}"
+        return make_address(self.number)
 
     def has_joined(self) -> bool:
         """Whether its raylet is part of the cluster."""
@@ -115,13 +120,13 @@ class Raylets:
         enter = ["nsenter", "-t", str(holder.pid), "-n"]
         for command in (
             "ip link set lo up",
-            f"ip addr add 10.77.0.{number}/24 dev eth0",
+            f"ip addr add {make_address(number)}/16 dev eth0",
             "ip link set eth0 up",
             f"ip route add default via {HEAD}",
         ):
             _run(" ".join([*enter, command]))
         resources = [f"--num-cpus={self.num_cpus:g}", f"--num-gpus={self.num_gpus:g}"]
-        start = [RAY, "start", f"--address={self.address}", f"--node-ip-address=10.77.0.{number}", *resources]
+        start = [RAY, "start", f"--address={self.address}", f"--node-ip-address={make_address(number)}", *resources]
         log = self.folder / f"node-{number}.log"
         node = Node(number, holder, self._start([*enter, *start], log), log)
         self.nodes.append(node)

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.cluster_output import WRONG
 from benchmarks.cluster_scene import ACTOR, Job, Scene, find_workers, running_scene, tell
 
 NUM_NODES = 4
@@ -81,13 +82,13 @@ def ray_job_of(process: psutil.Process) -> str:
 def judge(job: Job, num_rows: int) -> dict[str, Any]:
     """What a job came to."""
     engines, chunks = job.count_losses()
-    judged = job.output.judge(num_rows) | {"half_written": len(job.output.half_written)}
+    judged = job.output.judge(num_rows)
     return judged | {"finished": job.output.is_finished(), "engines_lost": engines, "chunks_redone": chunks}
 
 
 def is_right(judged: dict[str, Any]) -> bool:
     """Whether every row is there, once and answered."""
-    return judged["finished"] and not any(judged[name] for name in ("lost", "twice", "errors", "half_written"))
+    return judged["finished"] and not any(judged[name] for name in WRONG)
 
 
 def main() -> None:

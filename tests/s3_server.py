@@ -70,9 +70,13 @@ class S3Server:
 
     def list(self, url: str) -> Sequence[str]:
         """The URLs that begin with `url`."""
+        return list(self.list_etags(url))
+
+    def list_etags(self, url: str) -> dict[str, str]:
+        """The URLs that begin with `url`, with their objects' etags."""
         bucket, prefix = _split(url)
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())]
+        return {f"s3://{bucket}/{item['Key']}": item["ETag"] for page in pages for item in page.get("Contents", ())}
 
 
 @lru_cache(maxsize=4)

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +35,16 @@ class StoreProxy:
     started: float = field(default_factory=time.monotonic)
     arrived: Counter[int] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
+    broken_writes: int = 0
     asked: Counter[str] = field(default_factory=Counter)
     """Requests by kind: get, head, put, delete, list."""
     expired_key: str | None = None
     """An access key that counts no more."""
+    release: threading.Event = field(default_factory=threading.Event)
+    """While it is cleared, writes of parts are held up."""
+
+    def __post_init__(self) -> None:
+        self.release.set()
 
     @property
     def url(self) -> str:
@@ -52,11 +58,14 @@ class StoreProxy:
         if self.expired_key is not None and f"Credential={self.expired_key}/" in request.headers["Authorization"]:
             self.broken["expired"] += 1
             return _refusal(400, "ExpiredToken")
+        while request.method == "PUT" and "/data/" in request.path and not self.release.is_set():
+            await asyncio.sleep(0.02)
         kind = self.rng.choice(self.kinds) if self.rng.random() < self.rate else None
-        if kind == "truncate" and request.method != "GET":
-            kind = "reset"  # what is cut on the way in
+        if kind == "truncate" and request.method not in ("GET", "PUT"):
+            kind = "reset"  # there is no body to cut
         if kind is not None:
             self.broken[kind] += 1
+            self.broken_writes += request.method in ("PUT", "POST")
         if kind == "500":
             return _refusal(500, "InternalError")
         if kind == "503":
@@ -64,6 +73,10 @@ class StoreProxy:
         if kind == "reset":
             if self.rng.random() < 0.5:  # half of them after the store has done it: a write whose answer is lost
                 await self._ask(request, body)
+            _reset(request)
+        if kind == "truncate" and request.method == "PUT":
+            with contextlib.suppress(aiohttp.ClientError, ConnectionResetError):
+                await self._ask(request, _half(body))
             _reset(request)
         if kind == "stall":
             await asyncio.sleep(self.stall_s)
@@ -80,7 +93,7 @@ class StoreProxy:
         await response.write_eof()
         return response
 
-    async def _ask(self, request: web.Request, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    async def _ask(self, request: web.Request, body: bytes | AsyncIterator[bytes]) -> tuple[int, dict[str, str], bytes]:
         kept = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
         session: aiohttp.ClientSession = request.app[SESSION]
         url = self.target + request.raw_path
@@ -93,6 +106,12 @@ class StoreProxy:
 
 
 SESSION: web.AppKey[aiohttp.ClientSession] = web.AppKey("session", aiohttp.ClientSession)
+
+
+async def _half(body: bytes) -> AsyncIterator[bytes]:
+    """What arrives of a write whose sender goes away in the middle."""
+    yield body[: len(body) // 2]
+    raise ConnectionResetError
 
 
 def _refusal(status: int, code: str) -> web.Response:
