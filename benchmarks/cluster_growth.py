@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -126,17 +127,19 @@ def main() -> None:
                 time.sleep(0.25)
         ended = time.monotonic() - timeline.start
         print(f"{ended:6.1f} s  the job ended with {driver.returncode}", flush=True)
-        while timeline.look()[0] and time.monotonic() - timeline.start < ended + 180:
+        while (num_nodes := timeline.look()[0]) and time.monotonic() - timeline.start < ended + 180:
             time.sleep(0.25)
         gone = round(time.monotonic() - timeline.start - ended, 1)
         rows = sum(timeline.parts.values())
         print(json.dumps({**timeline.first, "rows": rows, "job": round(ended, 1), "nodes gone after": gone}))
+        is_right = driver.returncode == 0 and rows == options.rows and not num_nodes
     finally:
         if driver is not None:
             kill_tree(driver.pid)
         ray.shutdown()
         kill_family(head)
         subprocess.run(["rm", "-rf", str(folder)], check=False)
+    sys.exit(0 if is_right else 1)
 
 
 if __name__ == "__main__":

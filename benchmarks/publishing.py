@@ -1,12 +1,14 @@
 """`r4b publish` of ten thousand parts: memory against a tenth of them, kills, a reader that polls, every row once.
 
 On a disk, then on an S3 store (SeaweedFS on loopback). Parts are made by real commits. The reader looks at the
-pointer, the manifest and every file that it names, all the time, while the publish is killed at random moments.
+pointer, the manifest and every file that it names, all the time, while the publish is killed at random moments. Exit
+code 1 if it saw anything but the old version and then the new one, whole, or rows are not those of the parts.
 """
 
 import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -56,11 +58,17 @@ class Bench:
         )
         return str(done["version"])
 
-    def kill_and_resume(self, num_parts: int, old: str, kills: int, target_size: str) -> None:
-        """Publish in another size where `old` is; kill that at random moments while a reader polls; let it end."""
+    def kill_and_resume(self, num_parts: int, old: str, kills: int, target_size: str) -> bool:
+        """Publish in another size where `old` is; kill that at random moments while a reader polls; let it end.
+
+        Tells whether at least one was killed in its midst, the reader saw the old version and then the new one, whole,
+        and the rows are those of the parts.
+        """
         target = f"to-{num_parts}"
         command = self.command(num_parts, target, "--target-size", target_size)
-        reader, rng, left = PollingReader(f"{self.url}/{target}", self.storage, pause_s=0.05), random.Random(3), [0]
+        reader = PollingReader(f"{self.url}/{target}", self.storage, pause_s=0.05)
+        rng, left = random.Random(3), [0]
+        num_kills = 0
         with reader.running():
             for _ in range(kills):
                 wanted, delay = left[-1] + rng.randint(0, 5), rng.uniform(0, 2)
@@ -68,6 +76,7 @@ class Bench:
                     while process.poll() is None and self.count_files(target, old) < wanted:
                         time.sleep(0.05)
                     time.sleep(delay)
+                    num_kills += process.poll() is None
                     kill_tree(process.pid)
                 left.append(self.count_files(target, old))
             done = json_of(r4b(*command, timeout=3600))
@@ -75,19 +84,20 @@ class Bench:
             while reader.num_polls < polls + 20:
                 time.sleep(0.01)
         print(
-            f"{self.name}: files after each kill: {left[1:]}; the last run wrote {done['files_written']} of "
+            f"{self.name}: {num_kills} killed; files after each: {left[1:]}; the last run wrote {done['files_written']} of "
             f"{done['num_files']} files. {reader.num_polls} polls saw {len(reader.seen)} versions, the old one first: "
             f"{reader.seen == [old, done['version']]}, problems: {reader.problems[:3]}",
             flush=True,
         )
-        self.compare(num_parts, done["target"])
+        saw_all_or_nothing = reader.seen == [old, done["version"]] and not reader.problems
+        return self.compare(num_parts, done["target"]) and saw_all_or_nothing and num_kills > 0
 
     def count_files(self, target: str, old: str) -> int:
         """Files of versions other than the old one."""
         infos = open_store(self.url, self.storage).list(f"{self.url}/{target}/versions/")
         return sum(info.url.endswith(".parquet") and old not in info.url for info in infos)
 
-    def compare(self, num_parts: int, target: str) -> None:
+    def compare(self, num_parts: int, target: str) -> bool:
         """Rows of the parts and of the published files, with DuckDB: none is missing, none is there twice."""
         endpoint = [] if self.server is None else ["--endpoint-url", self.server.endpoint_url]
         listed = json.loads(r4b("published", target, "--json", *endpoint).stdout)
@@ -104,6 +114,7 @@ class Bench:
         ]
         num_rows = database.sql("SELECT count(*), count(DISTINCT sample_id) FROM found").fetchall()
         print(f"{self.name}: DuckDB finds (rows, ids) {num_rows}; missing and added rows: {different}", flush=True)
+        return num_rows == [(num_parts * self.rows,) * 2] and different == [[(0,)]] * 2
 
     def dataset(self, where: str | list[str]) -> ds.Dataset:
         if self.server is None:
@@ -122,6 +133,7 @@ def main() -> None:
     parser.add_argument("--target-size", default="5MB", help="While it is killed; otherwise the default.")
     parser.add_argument("--store", choices=["disk", "s3", "both"], default="both")
     args = parser.parse_args()
+    right = True
     for kind in ["disk", "s3"] if args.store == "both" else [args.store]:
         with (
             running_s3() if kind == "s3" else nullcontext() as server,
@@ -137,7 +149,8 @@ def main() -> None:
                 old = bench.measure(num_parts)
                 if kind == "disk":
                     bench.measure(num_parts, "--partition-by", "kind")
-            bench.kill_and_resume(args.parts, old, args.kills, args.target_size)
+            right &= bench.kill_and_resume(args.parts, old, args.kills, args.target_size)
+    sys.exit(0 if right else 1)
 
 
 if __name__ == "__main__":
