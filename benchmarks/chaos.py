@@ -95,7 +95,7 @@ def run_once(scene: Scene, seed: int, spec: dict[str, Any], max_seconds: float, 
     job = Job.make(scene, f"job-{seed}", spec, count_parts(scene, spec))
     scene.proxy.rng = random.Random(seed)
     scene.proxy.broken.clear()
-    faults = Faults(scene.cluster, scene.proxy, 2 * spec["limits"]["stall_timeout_s"])
+    faults = Faults(scene.cluster, scene.proxy, 4 * spec["limits"]["stall_timeout_s"])
     outcome = Outcome(seed)
     start = time.monotonic()
     while not outcome.finished and job.drivers < MAX_DRIVERS and time.monotonic() - start < max_seconds:

@@ -84,9 +84,9 @@ class Bench:
             while reader.num_polls < polls + 20:
                 time.sleep(0.01)
         print(
-            f"{self.name}: {num_kills} killed; files after each: {left[1:]}; the last run wrote {done['files_written']} of "
-            f"{done['num_files']} files. {reader.num_polls} polls saw {len(reader.seen)} versions, the old one first: "
-            f"{reader.seen == [old, done['version']]}, problems: {reader.problems[:3]}",
+            f"{self.name}: {num_kills} killed; files after each: {left[1:]}; the last run wrote "
+            f"{done['files_written']} of {done['num_files']} files. {reader.num_polls} polls saw {len(reader.seen)} "
+            f"versions, the old one first: {reader.seen == [old, done['version']]}, problems: {reader.problems[:3]}",
             flush=True,
         )
         saw_all_or_nothing = reader.seen == [old, done["version"]] and not reader.problems

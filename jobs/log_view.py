@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -44,7 +45,8 @@ class LogView:
 
     def _show(self, line: str) -> None:
         if line.startswith(RESULT_MARK):
-            self.result = json.loads(line.removeprefix(RESULT_MARK))
+            with suppress(ValueError):  # a log that ends in its middle
+                self.result = json.loads(line.removeprefix(RESULT_MARK))
             return
         is_bar = self.in_place and BAR.search(line) is not None
         if is_bar:

@@ -12,9 +12,17 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobSubmissionClient
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from ray.job_submission import JobStatus, JobSubmissionClient
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_random_exponential,
+)
 
 from jobs.log_view import LogView
 from jobs.terminal import say
@@ -26,6 +34,7 @@ SILENCE_S = 60
 STOP_WAIT_S = 30
 STOP_ENV = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
 """Ray asks a job to stop as Ctrl-C does, and kills it if it takes longer."""
+LOST = (requests.RequestException, ConnectionError, TimeoutError)
 CHATTY = ("ray.dashboard", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private")
 """Loggers of Ray's client that tell of each step; some have a level of their own."""
 
@@ -117,23 +126,33 @@ class Cluster:
 
     def stop(self, job_id: str) -> str:
         """Stop a job and wait for its end; its status then."""
-        self._ask(lambda: self.client.stop_job(job_id))
-        deadline = time.monotonic() + 2 * STOP_WAIT_S
+        deadline, is_stopping = time.monotonic() + 2 * STOP_WAIT_S, False
         while not (status := self._ask(lambda: self.client.get_job_info(job_id)).status).is_terminal():
+            # Ray stops nothing that has no process yet, which is so for a moment, and says so.
+            is_stopping = is_stopping or self._ask(lambda: self.client.stop_job(job_id))
             if time.monotonic() > deadline:
                 raise JobError(f"{job_id} has not ended within {2 * STOP_WAIT_S} s; it is {status.value}.")
             time.sleep(0.5)
         return str(status.value)
 
     def follow(self, job_id: str) -> Ended:
-        """Show a job's log on stderr until it ends. A broken connection is made again, where the log was left."""
+        """Show a job's log on stderr until it ends. A broken connection is made again, where the log was left.
+
+        Raises JobError if the job is gone, or another has its id by now, both of which a new head makes of it.
+        """
         view = LogView()
-        pause_s = 1
+        pause_s, waits_for = 1, None
+        started = self._ask(lambda: self.client.get_job_info(job_id)).start_time
         try:
             while True:
                 shown = view.position
                 in_order = self._tail(job_id, view)
                 info = self._ask(lambda: self.client.get_job_info(job_id))
+                if info.start_time != started:
+                    raise self._unknown()
+                if info.status == JobStatus.PENDING and info.message != waits_for:
+                    waits_for = info.message
+                    say(f"{job_id} waits to be started: {waits_for}")
                 ended = info.status.is_terminal()
                 if ended or not in_order:
                     self._catch_up(job_id, view)
@@ -166,7 +185,7 @@ class Cluster:
     def _catch_up(self, job_id: str, view: LogView) -> None:
         """Show what the whole log holds beyond what was shown; a node that is gone has taken its log along."""
         with suppress(OSError, RuntimeError):
-            view.take(0, self.client.get_job_logs(job_id))
+            view.take(0, _a_few_times(self.client.get_job_logs, job_id))
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         """A request, repeated while the head does not answer; raises JobError when patience is at its end."""
@@ -199,10 +218,7 @@ class Cluster:
 
     def _lost(self, error: Exception) -> JobError:
         if "status code 404" in str(error):
-            return JobError(
-                f"the cluster at {self.address} does not know the job any more: its head was started anew. "
-                "Committed chunks are kept; the same command submits the job again and goes on from there."
-            )
+            return self._unknown()
         if _is_lost(error):
             return JobError(
                 f"the cluster at {self.address} has not answered for {self.patience_s:g} s ({_short(error)}). "
@@ -210,10 +226,24 @@ class Cluster:
             )
         return JobError(f"the cluster at {self.address} answers: {_short(error)}")
 
+    def _unknown(self) -> JobError:
+        return JobError(
+            f"the cluster at {self.address} does not know the job any more: its head was started anew. "
+            "Committed chunks are kept; the same command submits the job again and goes on from there."
+        )
+
 
 def _is_lost(error: BaseException) -> bool:
-    """Whether asking again may help; the errors of `requests` are OSErrors."""
-    return isinstance(error, OSError) or "status code 5" in str(error)
+    """Whether asking again may help."""
+    return isinstance(error, LOST) or "status code 5" in str(error)
+
+
+_a_few_times = Retrying(
+    retry=retry_if_exception(_is_lost),
+    wait=wait_random_exponential(0.5, max=5),
+    stop=stop_after_attempt(4),
+    reraise=True,
+)
 
 
 def _started(job: Any) -> int:

@@ -57,12 +57,15 @@ class Identity:
 
     @property
     def prefix(self) -> str:
-        """Of its submission ids; a number makes each of them one of its own."""
-        return f"r4b-{self.name}-{self.output}-"
+        """Of its submission ids; a number makes each of them one of its own.
+
+        Without the name: of two who submit at once, under two names, the second must find the first's id taken.
+        """
+        return f"r4b-{self.output}-"
 
     @property
     def metadata(self) -> dict[str, str]:
-        return {"r4b_output": self.output, "r4b_spec": self.spec}
+        return {"r4b_name": self.name, "r4b_output": self.output, "r4b_spec": self.spec}
 
 
 @dataclass
@@ -187,7 +190,8 @@ def check_paths(job: JobSpec) -> None:
     if job.engine.kind == "vllm" and is_local(job.engine.model):
         places.append(("engine.model", job.engine.model))
     for key, url in places:
-        if "://" not in url and not os.path.isabs(url):
+        path = url.removeprefix("file://")
+        if "://" not in path and not os.path.isabs(path):
             raise SpecError(
                 f"{key}: {url} is a path of this machine, and the cluster's nodes would look for it elsewhere. Use "
                 "s3:// or an absolute path on a disk that all nodes share"
@@ -197,9 +201,9 @@ def check_paths(job: JobSpec) -> None:
 
 def identify(job: JobSpec, flags: tuple[str, ...]) -> Identity:
     """By its output, wherever the spec lies and whatever else it says."""
-    name = "".join(char if char.isascii() and char.isalnum() else "-" for char in job.name)[:40].strip("-") or "job"
-    place = [job.storage.endpoint_url, job.output.url.rstrip("/")]
-    return Identity(name, _digest(place)[:10], _digest([job.model_dump(mode="json"), flags])[:32])
+    place = [(job.storage.endpoint_url or "").rstrip("/"), job.output.url.rstrip("/")]
+    said = job.model_dump(mode="json", exclude_defaults=True)  # another version of r4b may have other defaults
+    return Identity(job.name, _digest(place)[:10], _digest([said, flags])[:32])
 
 
 def _digest(value: Any) -> str:
@@ -212,6 +216,8 @@ def connect(address: str, patience: float) -> "Cluster":
 
     if "@" in address:
         raise SpecError("--address must not hold a user or a password.")
+    if not address.startswith(("http://", "https://")):
+        raise SpecError(f"--address: {address} is not the address of a dashboard, such as http://head:8265.")
     return Cluster(address, patience)
 
 
@@ -253,7 +259,8 @@ def show_result(job_id: str, ended: "Ended", as_json: bool) -> None:
     """The result on stdout, or the exit code of the run on the cluster, whose message its log has shown."""
     if ended.status == "SUCCEEDED":
         if ended.result is None:
-            raise JobError(f"{job_id} is done, but its log could not be read to its end; r4b status OUTPUT tells more.")
+            say(f"{job_id} is done, but its log could not be read to its end; r4b status OUTPUT tells more.")
+            return
         click.echo(json.dumps(ended.result["manifest"], indent=2, sort_keys=True) if as_json else ended.result["text"])
         return
     if ended.status == "STOPPED":

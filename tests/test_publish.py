@@ -23,7 +23,7 @@ import pytest
 
 from jobs.publish import parse_size
 from pipeline.commits import drop_parts
-from pipeline.errors import JobError, SpecError
+from pipeline.errors import JobError, ShardChangedError, SpecError
 from pipeline.plan import part_url
 from pipeline.publish import PublishOptions, Target, publish
 from pipeline.records import Chunk, read_part
@@ -334,6 +334,14 @@ def test_publish_dictionaries_and_columns_that_may_be_null_in_some_parts(local: 
     assert found.column("kind").to_pylist() == ["x", "y"] * 4 + ["z", None] * 4 + ["x", "y"] * 4
 
 
+def test_publish_dictionaries_whose_small_indices_cannot_count_the_values_of_all_parts(local: Place) -> None:
+    texts = [[f"{part}-{row}" for row in range(8)] for part in range(17)]
+    small = pa.dictionary(pa.int8(), pa.string())
+    fill_kept(local.maker, *(pa.table([pa.array(one, small), NUMBERS], ["kind", "number"]) for one in texts))
+    local.publish()
+    assert local.read(local.files()).column("kind").to_pylist() == [text for one in texts for text in one]
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -451,6 +459,7 @@ def test_publish_wrong_calls_are_told(local: Place) -> None:
         (["publish", local.url, "--to", local.target], "holds no job"),
         (local.command("--target-size", "huge"), "--target-size"),
         (["publish", maker.url, "--to", f"{maker.url}/data/x", "--unfinished"], "among the parts"),
+        (["publish", maker.url, "--to", f"{local.target}[1]", "--unfinished"], "holds one of"),
         (["published", local.target], "nothing published"),
     ):
         finished = call(*command)
@@ -609,6 +618,26 @@ def test_published_version_that_was_removed_is_told(local: Place) -> None:
     assert (finished.code, "Publish again" in finished.stderr) == (1, True)
     assert local.publish()["files_written"] == 0
     assert len(local.files()) == 1
+
+
+def test_publish_keep_leaves_versions_of_other_software_and_those_that_go_meanwhile(
+    local: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.maker.fill(2)
+    first, second = [local.publish("--target-size", size)["version"] for size in ("10KB", "20KB")]
+    foreign = Path(local.target, "versions", "0" * 32, "_manifest.json")
+    foreign.parent.mkdir()
+    foreign.write_text("{}")
+    read = LocalStore.read
+
+    def vanish(store: LocalStore, url: str, version: str | None = None) -> bytes:
+        if url.endswith(f"{first}/_manifest.json"):
+            raise ShardChangedError(f"{url} is gone.")
+        return read(store, url, version)
+
+    monkeypatch.setattr(LocalStore, "read", vanish)
+    assert local.publish("--target-size", "30KB", "--keep", "1")["removed"] == [second]
+    assert foreign.exists()
 
 
 def test_published_while_readers_are_moved_on_gives_the_new_version(local: Place) -> None:

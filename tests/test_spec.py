@@ -243,6 +243,12 @@ def test_parse_spec_wrong_input_url_names_the_key(value: Any) -> None:
     assert all(line.startswith("  input.url") for line in lines)
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/out[1]/", "/data/out*", "out?"])
+def test_parse_spec_output_that_stands_for_many_places_is_refused(url: str) -> None:
+    [line] = refusal_of(with_value("output.url", url))
+    assert line.startswith(f"  output.url: {url} holds one of * ? [")
+
+
 @pytest.mark.parametrize("missing", ["input", "prompts", "output"])
 def test_parse_spec_missing_key_is_named(missing: str) -> None:
     data = {key: value for key, value in MINIMAL.items() if key != missing}

@@ -36,12 +36,13 @@ MAX_FOLDER_BYTES = 255
 
 def merge_schemas(known: pa.Schema | None, footer: Footer) -> pa.Schema:
     """The schema that holds both, without a loss; raises JobError that names the part."""
-    if known is None or known.equals(footer.schema):
-        return footer.schema
+    schema = pa.schema([field.with_type(_wide_type(field.type)) for field in footer.schema])
+    if known is None or known.equals(schema):
+        return schema
     try:
-        if known.names != footer.schema.names:
-            raise pa.ArrowInvalid(f"it has the columns {', '.join(footer.schema.names)}")
-        return pa.schema([_merge_fields(*pair) for pair in zip(known, footer.schema, strict=True)])
+        if known.names != schema.names:
+            raise pa.ArrowInvalid(f"it has the columns {', '.join(schema.names)}")
+        return pa.schema([_merge_fields(*pair) for pair in zip(known, schema, strict=True)])
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise JobError(f"{footer.part.url} does not fit the parts before it: {error}.") from error
 
@@ -55,6 +56,11 @@ def _merge_fields(known: pa.Field, other: pa.Field) -> pa.Field:
             raise pa.ArrowInvalid(f"column {known.name!r} has whole numbers in one and {merged.type} in the other")
         known = merged
     return known.with_nullable(nullable)
+
+
+def _wide_type(kind: pa.DataType) -> pa.DataType:
+    """The values of all parts together may be more than a small index can count."""
+    return pa.dictionary(pa.int32(), kind.value_type, kind.ordered) if pa.types.is_dictionary(kind) else kind
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

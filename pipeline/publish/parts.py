@@ -218,6 +218,8 @@ def _named(part: Part) -> Iterator[None]:
         raise JobError(f"{part.url} was replaced or removed while it was published. Run the command again.") from error
     except UNREADABLE as error:
         told = " ".join(str(error).split())[:300]
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # Arrow's OSErrors have none
+            raise JobError(f"{part.url} cannot be read here: {told}. Nothing is published; run it again.") from error
         raise JobError(
             f"{part.url} is damaged, or no Parquet file: {told}. Nothing is published. Delete that part and `r4b run` "
             "the job again to redo it."

@@ -29,6 +29,7 @@ from pipeline.publish.index import FilePlan, PartsIndex
 from pipeline.publish.parts import Footer, Source, check_unchanged, list_parts, open_source, read_footers
 from pipeline.publish.versions import FORMAT, PublishedFile, Target, Version
 from pipeline.spec import StorageSpec
+from pipeline.storage import is_glob
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def publish(
     on_start: OnStart = lambda unit, total: lambda count: None,
 ) -> Published:
     """Publish a job's parts as one version; raises SpecError if that is not to be had, JobError if it fails."""
+    if is_glob(target_url):
+        raise SpecError(
+            f"--to: {target_url} holds one of * ? [, which stand for other characters; choose another name."
+        )
     source = open_source(output_url, storage, options.unfinished)
     target = Target(target_url, storage)
     if (target.url + "/").startswith(f"{source.url}/data/"):
@@ -79,7 +84,10 @@ def publish(
             made, written = _Publisher(source, target, options, index, on_start).make(name, there)
             check_unchanged(source)
             version = target.complete(made)
-    return Published(version, written, target.point_to(name))
+    moved = target.point_to(name)
+    if target.read(name) is None:
+        raise JobError(f"Another publisher's --keep removed version {name} meanwhile. Run the command again.")
+    return Published(version, written, moved)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ different ones do not meet. All paths are relative: a target may be copied as a 
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.spec import StorageSpec
 from pipeline.storage import Store, absolute_url, join_url, open_store
 
 LATEST_FILE, VERSIONS, VERSION_MANIFEST = "_latest.json", "versions", "_manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Of what a target holds, and of how rows are laid out in files: another number gives other versions."""
 
 
@@ -85,7 +86,10 @@ class Target:
         url = self.file(version, VERSION_MANIFEST)
         if self.store.stat(url) is None:
             return None
-        content = _read_json(self.store, url)
+        try:
+            content = _read_json(self.store, url)
+        except ShardChangedError:  # another publisher's --keep takes it away
+            return None
         try:
             files = tuple(PublishedFile(**file) for file in content.pop("files"))
             return Version(files=files, **content)
@@ -153,11 +157,13 @@ class Target:
         return removed
 
     def _complete_versions(self) -> Iterator[Version]:
+        """All of them, but for those whose manifests are not of this software."""
         folder = join_url(self.url, VERSIONS) + "/"
         for info in self.store.list(folder):
             name, _, path = info.url.removeprefix(folder).partition("/")
-            if path == VERSION_MANIFEST and (version := self.read(name)) is not None:
-                yield version
+            with suppress(JobError):
+                if path == VERSION_MANIFEST and (version := self.read(name)) is not None:
+                    yield version
 
 
 def _read_json(store: Store, url: str) -> dict[str, Any]:

@@ -21,6 +21,13 @@ class OutputSpec(Section):
     chunk_rows: Annotated[int, Field(ge=1, le=100_000)] = 256
     keep_columns: list[NonEmpty] = []
 
+    @pydantic.field_validator("url")
+    @classmethod
+    def _must_be_one_place(cls, url: str) -> str:
+        if any(char in url for char in "*?["):
+            raise ValueError(f"{url} holds one of * ? [, which stand for other characters; choose another name")
+        return url
+
     @pydantic.field_validator("keep_columns")
     @classmethod
     def _must_not_clash(cls, names: list[str]) -> list[str]:
