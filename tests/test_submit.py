@@ -282,7 +282,7 @@ def test_detach_prints_the_id_and_a_changed_spec_waits_for_the_output(cluster: R
         ({"input": {"url": "in"}}, "input.url: in is a path of this machine"),
         ({"input": {"url": ["/data/in", "./in"]}}, "input.url: ./in is a path of this machine"),
         ({"output": {"url": "~/out"}}, "output.url: ~/out is a path of this machine"),
-        ({"output": {"url": "file://out"}}, "output.url: out is a path of this machine"),
+        ({"output": {"url": "file://out"}}, "output.url: file://out is a path of this machine"),
         ({"prompts": {"url": "prompts"}}, "prompts.url: prompts is a path of this machine"),
         ({"engine": {"model": "checkpoints/r4b-shapes"}}, "engine.model: checkpoints/r4b-shapes is a path"),
         ({"engine": {"model": "./R-4B"}}, "engine.model: ./R-4B is a path"),
