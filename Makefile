@@ -15,7 +15,7 @@ demo: install  ## Annotate 300 drawn scenes with the small checkpoint, on this C
 test: install  ## All tests but the long and the slow ones
 	$(BIN)/python -m pytest
 
-test-long: install  ## Whole jobs that are killed, starved and cut off, and submitted to a cluster: half an hour; CI runs it too
+test-long: install  ## Whole jobs that are killed, starved, cut off and submitted, and a browser: CI runs it too
 	$(BIN)/python -m pytest -m "long and not slow"
 
 test-slow: install  ## The full-size R-4B shape (about 12 GB of memory), whole jobs and kills on vLLM: most of an hour

@@ -55,6 +55,8 @@ from tests.playground_site import (
 )
 from tests.serving import Served
 
+pytestmark = pytest.mark.long
+
 FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-background-networking")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
