@@ -126,7 +126,7 @@ def drive(job: Job, deadline: float, faults: Faults, due: list[Due], outcome: Ou
             if faults.was_killed:
                 break
         faults.cluster.mend()
-        time.sleep(0 if ready else LOOK_S)
+        time.sleep(LOOK_S)
     code = faults.driver.poll()
     job.end()
     outcome.finished = code == 0
