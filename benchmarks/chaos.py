@@ -158,7 +158,7 @@ def main() -> None:
     faults = find_faults(options.engine)
     outcomes = []
     with running_scene("benchmarks.chaos", NUM_NODES, options.rows, stall_s=STORE_STALL_S) as scene:
-        spec = scene.make_spec(options.engine, options.chunk_rows, MAX_ENGINES, seconds_per_token=0.02)
+        spec = scene.make_spec(options.engine, options.chunk_rows, MAX_ENGINES, seconds_per_token=0.01)
         spec["engine"]["replicas"]["min"] = NUM_NODES  # each node has work from the start
         spec["limits"] = {"stall_timeout_s": STALL_S[options.engine], "preemption_grace_s": 3}
         max_seconds = MAX_SECONDS[options.engine]

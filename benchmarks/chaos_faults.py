@@ -23,8 +23,8 @@ IMPORTS_S = 4.0
 """Of processor time: a worker that is stopped while it imports its modules is not missed, see docs/DESIGN.md."""
 TROUBLE_SHARE = 0.2
 TROUBLE_S = (5.0, 20.0)
-PAUSES_S = ((2.0, 5.0), (75.0, 100.0))
-"""Of a node: Ray takes no notice of short ones; after 65 s without a word it holds a node for dead."""
+PAUSES_S = ((2.0, 5.0), (30.0, 45.0))
+"""Of a node: Ray takes no notice of short ones; after the long ones it holds the node for dead."""
 DRIVER_PAUSE_S = (3.0, 15.0)
 WRITERS_WAIT_S = 5.0
 
