@@ -79,6 +79,8 @@ def refuse_all(store: S3Server, proxy: StoreProxy, input_url: str, num_rows: int
         proxy.rate = 0.0
 
     right = run_job(store, proxy, input_url, num_rows, refuse)
+    if not begun:  # it made no part in all its time
+        return False
     window = range(int(begun[0]) + NOTICED_S, int(begun[0] + seconds))
     rate = sum(proxy.arrived[second] for second in window) / len(window)
     tell(refused_for_s=seconds, requests_per_s_meanwhile=round(rate, 2))

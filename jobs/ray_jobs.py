@@ -224,6 +224,8 @@ class Cluster:
                 f"the cluster at {self.address} has not answered for {self.patience_s:g} s ({_short(error)}). "
                 "If the job still runs there, the same command follows it again."
             )
+        if isinstance(error, OSError):  # such as a full disk, where Ray packs what it sends
+            return JobError(f"this machine is in the way, not the cluster: {error}")
         return JobError(f"the cluster at {self.address} answers: {_short(error)}")
 
     def _unknown(self) -> JobError:

@@ -234,8 +234,11 @@ def attach(cluster: "Cluster", running: "Running", identity: Identity, call: Cal
 
 def ship(cluster: "Cluster", job_id: str, identity: Identity, shipment: Shipment) -> None:
     """Submit the job under this id. If the same command elsewhere was faster, its job has the id, and is the same."""
-    with shipment.packed() as folder:
-        taken = cluster.submit(job_id, shipment.entrypoint, folder, identity.metadata)
+    try:
+        with shipment.packed() as folder:
+            taken = cluster.submit(job_id, shipment.entrypoint, folder, identity.metadata)
+    except OSError as error:  # of the folder; what the cluster says is a JobError
+        raise JobError(f"the project could not be packed on this machine: {error}") from error
     if taken.metadata.get("r4b_spec") != identity.spec:
         raise SpecError(f"{job_id} was submitted a moment ago with another spec or other options.")
     say(f"{job_id} submitted to {cluster.address}.")
