@@ -67,6 +67,14 @@ def test_dependencies_are_installed_before_sources_are_copied() -> None:
     assert "--no-deps" in order[-1]
 
 
+def test_empty_project_has_each_package() -> None:
+    """What setuptools is told of must be there, before the sources are."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    (step,) = (text for name, text in instructions() if name == "RUN" and "mkdir" in text)
+    made = set(step.split("mkdir -p ")[1].split(" && ")[0].split())
+    assert {package.replace(".", "/") for package in packages if "." in package} | {"jobs"} <= made
+
+
 def test_docker_sees_what_is_copied_and_no_more() -> None:
     sources = [source for name, text in instructions() if name == "COPY" for source in text.split()[:-1]]
     assert all((ROOT / source).exists() and not is_ignored(source) for source in sources)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KUBERAY = ROOT / "deployments/kuberay"
 SCHEMAS = ROOT.parent / "shared/schemas"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OVERLAYS = ("batch", "online", "example")
+OVERLAYS = ("batch", "online", "example", "example-online")
 GIB = 1 << 30
 
 
@@ -146,10 +146,10 @@ def test_rays_autoscaler_reads_the_cluster(overlay: str) -> None:
     cluster = {"metadata": {"name": "x", "namespace": "y"}, "spec": ray_cluster(overlay)}
     types = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0
-    assert types["gpu"]["resources"] == {"CPU": 7, "GPU": 1, "memory": 28 * GIB}
-    assert types["cpu"]["resources"] == {"CPU": 15, "memory": 28 * GIB}
-    assert types["gpu"]["max_workers"] == {"batch": 8, "online": 8, "example": 32}[overlay]
-    assert types["gpu"]["min_workers"] == (1 if overlay == "online" else 0)
+    assert types["gpu"]["resources"] == {"CPU": 7, "GPU": 1, "memory": 26 * GIB}
+    assert types["cpu"]["resources"] == {"CPU": 15, "memory": 54 * GIB}
+    assert types["gpu"]["max_workers"] == {"batch": 8, "online": 8, "example": 32, "example-online": 16}[overlay]
+    assert types["gpu"]["min_workers"] == {"online": 1, "example-online": 2}.get(overlay, 0)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -182,6 +182,38 @@ def test_workers_may_be_spot_machines_and_the_head_may_not(overlay: str) -> None
         assert ("nvidia.com/gpu" in tolerated) is (name == "gpu")
 
 
+@pytest.mark.parametrize("overlay", ["batch", "example"])
+def test_pod_that_shows_the_log_may_fail_and_is_no_spot_machine(overlay: str) -> None:
+    resource = ray_resource(overlay)["spec"]
+    assert resource["submitterConfig"]["backoffLimit"] >= 20
+    head = groups(overlay)["head"]["template"]["spec"]
+    assert resource["submitterPodTemplate"]["spec"]["affinity"] == head["affinity"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_ask_for_the_disk_that_they_need(overlay: str) -> None:
+    for name in ("gpu", "cpu"):
+        (container,) = groups(overlay)[name]["template"]["spec"]["containers"]
+        cache = next(each for each in groups(overlay)[name]["template"]["spec"]["volumes"] if each["name"] == "cache")
+        asked = int(container["resources"]["requests"]["ephemeral-storage"].removesuffix("Gi"))
+        assert asked >= 20 + int(cache["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+
+
+@pytest.mark.parametrize("overlay", ["online", "example-online"])
+def test_replica_is_taken_away_after_several_slow_answers_only(overlay: str) -> None:
+    found = groups(overlay)
+    (container,) = found["gpu"]["template"]["spec"]["containers"]
+    probe = container["readinessProbe"]
+    *_, command = probe["exec"]["command"]
+    assert subprocess.run(["bash", "-nc", command]).returncode == 0
+    patience = [int(seconds) for seconds in re.findall(r"-T (\d+) ", command)]
+    assert probe["timeoutSeconds"] > sum(patience)
+    assert probe["failureThreshold"] > 1
+    (port,) = (each["containerPort"] for each in container["ports"] if each["name"] == "serve")
+    assert f"http://localhost:{port}/-/healthz" in command
+    assert "readinessProbe" not in found["cpu"]["template"]["spec"]["containers"][0]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_ray_drains_within_the_pods_grace(overlay: str) -> None:
     maps = {each["metadata"]["name"]: each["data"] for each in composed(overlay) if each["kind"] == "ConfigMap"}
@@ -191,7 +223,7 @@ def test_ray_drains_within_the_pods_grace(overlay: str) -> None:
         drain = int((maps["r4b-env"] | own)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         pause = spec["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
         assert drain + int(pause[-1]) < spec.get("terminationGracePeriodSeconds", 30)
-        if overlay == "online" and name == "gpu":
+        if "online" in overlay and name == "gpu":
             assert drain > serve_arguments()["scaling"]["graceful_shutdown_timeout_s"]
 
 
@@ -202,13 +234,14 @@ def test_disruption_budgets_count_pods_that_exist(overlay: str) -> None:
     guarded = []
     for budget in budgets:
         # pods of a RayCluster have no scale subresource, so percentages and maxUnavailable are errors
-        assert set(budget) == {"minAvailable", "selector"}
+        assert set(budget) == {"minAvailable", "selector", "unhealthyPodEvictionPolicy"}
+        assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
         assert isinstance(budget["minAvailable"], int)
         wanted = budget["selector"]["matchLabels"]
         matched = [each for each in labels if wanted.items() <= each.items()]
         assert len(matched) == 1
         guarded += [each["app.kubernetes.io/component"] for each in matched]
-    assert guarded == (["head", "gpu"] if overlay == "online" else ["head"])
+    assert guarded == (["head", "gpu"] if "online" in overlay else ["head"])
 
 
 def serve_arguments() -> dict[str, Any]:

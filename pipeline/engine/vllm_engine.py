@@ -20,6 +20,8 @@ from PIL import Image
 # limits an engine's threads already. Logs below warnings would drown the job's own.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# FlashInfer's sampler is compiled when an engine starts, with nvcc, which a machine that has only the driver lacks.
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
