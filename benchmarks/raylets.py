@@ -79,6 +79,13 @@ class Node:
         """Give its network back."""
         _run(f"ip link set veth{self.number} up")
 
+    def drain(self, seconds: float) -> None:
+        """As a machine that had notice: it will be gone after so many seconds."""
+        words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot interruption"]
+        enter = ["nsenter", "-t", str(self.holder.pid), "-n", RAY, "drain-node", f"--address={HEAD}:{PORT}"]
+        command = [*enter, *words, "--deadline-remaining-seconds", f"{seconds:.0f}"]
+        subprocess.run(command, check=True, capture_output=True)
+
     def crash(self) -> None:
         """As a machine whose power fails: every process at once."""
         for process in self.processes():

@@ -7,7 +7,7 @@ splits one. Rows of the output exist only inside the tasks that make them.
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ from pipeline.commits import (
 from pipeline.engine.models import check_model, find_tiling, identify_model
 from pipeline.engine_actor import EngineActor
 from pipeline.errors import JobError, SpecError
-from pipeline.lives import attend
+from pipeline.lives import attend, counted
 from pipeline.matching import match_prompts
 from pipeline.outcomes import Outcome, check_error_rate, check_shards, count_in, watch_errors
 from pipeline.plan import Plan, complete_plan, make_plan, make_readings
@@ -51,9 +51,10 @@ from pipeline.records import (
     Work,
     valid_text,
 )
+from pipeline.shares import Pool
 from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
-from pipeline.watch import Pool, count_losses, end_watch, start_watch
+from pipeline.watch import count_losses, end_watch, start_watch
 
 WHOLE_BLOCK: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 ONE_ROW = {**WHOLE_BLOCK, "batch_size": 1}
@@ -152,7 +153,9 @@ def read_batches(batch: pa.Table, settings: ReadSettings, output: Output | None,
     """CPU task: one pass over a shard; fetches, checks, decodes and renders, and gives a block for each chunk."""
     is_committed = (lambda chunk_id: False) if output is None else partial(has_part, output)
     attend(watch, settings.job.limits)
-    yield from map(to_batch, read_chunks(from_batch(batch), settings, is_committed))  # no name holds a chunk longer
+    reading = from_batch(batch)
+    with counted(watch, reading.name):
+        yield from map(to_batch, read_chunks(reading, settings, is_committed))  # no name holds a chunk longer
 
 
 def commit_batch(batch: pa.Table, output: Output, watch: Any) -> pa.Table:
@@ -220,6 +223,16 @@ def refuse_stale(output: Output, plan: Plan, committed: frozenset[str], drop: bo
     return replace(plan, chunks=(*plan.chunks, *read)), gone
 
 
+def refuse_others(output: Output, unplanned: Set[str]) -> None:
+    """Parts that came during this run and are not of its plan: raise JobError, for another saw the input otherwise."""
+    for report in read_reports(output, sorted(unplanned)[:1]):
+        raise JobError(
+            f"output.url: {len(unplanned)} parts, {report.chunk_id}.parquet among them, came from another run while "
+            f"this one went on, of {report.shard} as this one does not know it. The output is not marked as done. When "
+            "the other run has ended, run the job again, with --drop-stale if it asks for that."
+        )
+
+
 def error_works(output: Output, plan: Plan, committed: frozenset[str]) -> list[Work]:
     """The committed chunks that hold error rows, to be done again for those rows alone."""
     chunks = {chunk.chunk_id: chunk for chunk in plan.chunks if chunk.chunk_id in committed}
@@ -237,8 +250,10 @@ def finish(output: Output, plan: Plan, stale: list[str], tally: Tally) -> Manife
     except SpecError as error:
         raise JobError(f"Another job took this output meanwhile. {error}") from error
     planned = [chunk.chunk_id for chunk in plan.chunks]
-    if missing := set(planned) - committed_chunks(output):
+    committed = committed_chunks(output)
+    if missing := set(planned) - committed:
         raise JobError(f"{len(missing)} of {len(planned)} chunks are not committed; run the job again to finish them.")
+    refuse_others(output, set(plan.unplanned(committed)) - set(stale))
     for report in read_reports(output, (one for one in planned if one not in tally.counted)):
         tally.add(report)
     manifest = tally.manifest

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from pipeline.engine import open_engine
 from pipeline.engine.contract import task_to_request
 from pipeline.errors import EngineDiedError, JobError, SampleError
-from pipeline.lives import BEATS_IN_A_TIMEOUT, Beats, Life, kill_children
+from pipeline.lives import ASK_S, BEATS_IN_A_TIMEOUT, Beats, Life, kill_children
 from pipeline.records import GeneratedChunk, ReadChunk, Task
 from pipeline.spec import JobSpec
 from pipeline.suspects import Result, Trial
@@ -33,8 +33,8 @@ from pipeline.transport import from_batch, to_batch
 T = TypeVar("T")
 
 START_AGAIN_S = 60.0
-ASK_S = 60.0
-"""For an answer of the watch; without one the work goes on."""
+TELL_S = 10.0
+"""At most, between two signs of life: the answer may be that the node drains."""
 DELIVERY_S = 1.0
 """For what was answered to reach Ray before the process ends."""
 
@@ -61,7 +61,9 @@ class EngineActor:
         self.num_begun = 0
         self.has_answered = False
         self.loops: list[asyncio.Task[None]] = []
+        self.patience_s = ASK_S
         self.leaving = threading.Event()
+        self.deadline = math.inf
         self.never = asyncio.Event()  # what waits for one that nobody holds is collected, and Ray told an answer
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -90,14 +92,14 @@ class EngineActor:
         if (reason := await self._ask(self.watch.enter.remote(self.life))) is not None:
             raise JobError(reason)
         await self._ask(self.placed)
-        if await self._ask(self.watch.beat.remote(self.life)):
+        if await self._ask(self.watch.beat.remote(self.life)) is not None:
             await self._ask(self.watch.depart.remote(self.life))
             self._leave(0)
             await self.never.wait()
         try:
             engine = await open_engine(self.job.engine, self.made_with)
         except JobError as error:
-            if await self._ask(self.watch.may_fail_to_start.remote()):
+            if await self._ask(self.watch.may_fail_to_start.remote()) is not False:
                 await asyncio.sleep(START_AGAIN_S)  # its place stays taken meanwhile, for others are better
                 await self._die(f"it did not start: {error}")
             raise
@@ -153,19 +155,23 @@ class EngineActor:
             return error
 
     async def _ask(self, answer: Awaitable[T]) -> T | None:
-        """The watch's answer; None if it has none to give."""
+        """The watch's answer; None if it has none to give. One that gave none has less time for the next."""
         try:
-            async with asyncio.timeout(ASK_S):
-                return await answer
+            async with asyncio.timeout(self.patience_s):
+                given = await answer
         except (TimeoutError, RayError):
+            self.patience_s = DELIVERY_S
             return None
+        self.patience_s = ASK_S
+        return given
 
     async def _tell(self) -> None:
         """Let the watch know that this process, and its event loop, live."""
         while True:
-            if await self._ask(self.watch.beat.remote(self.life, is_engine=True)):
-                self._leave(math.inf)
-            await asyncio.sleep(self.job.limits.stall_timeout_s / BEATS_IN_A_TIMEOUT)
+            grace_s = await self._ask(self.watch.beat.remote(self.life, is_engine=True))
+            if grace_s is not None:
+                self._leave(grace_s)
+            await asyncio.sleep(min(TELL_S, self.job.limits.stall_timeout_s / BEATS_IN_A_TIMEOUT))
 
     async def _check(self) -> None:
         """End the process when its engine goes on no more."""
@@ -194,21 +200,21 @@ class EngineActor:
         os._exit(1)
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
-        """The machine is about to go (a spot notice, a drained node): finish what was begun, if it takes no longer than
-        `limits.preemption_grace_s`, and hand the rest back.
+        """Whoever ends this process, and not its node, gives notice: finish what was begun, if it takes no longer than
+        `limits.preemption_grace_s`, and hand the rest back. Of a node that drains the watch tells.
         """
         self._leave(self.job.limits.preemption_grace_s)
 
     def _leave(self, grace_s: float) -> None:
+        self.deadline = min(self.deadline, time.monotonic() + grace_s)  # the node of one that yields may drain
         if not self.leaving.is_set():
             self.leaving.set()
-            threading.Thread(target=self._depart, args=(grace_s,), name="depart", daemon=True).start()
+            threading.Thread(target=self._depart, name="depart", daemon=True).start()
 
-    def _depart(self, grace_s: float) -> None:
+    def _depart(self) -> None:
         self.watch.depart.remote(self.life)
-        deadline = time.monotonic() + grace_s
         if self.num_begun:
-            while self.num_begun and time.monotonic() < deadline:
+            while self.num_begun and time.monotonic() < self.deadline:
                 time.sleep(0.1)
             time.sleep(DELIVERY_S)
         self._exit()

@@ -3,17 +3,23 @@
 import contextlib
 import os
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.errors import JobError
 from pipeline.spec import LimitsSpec
 
 BEATS_IN_A_TIMEOUT = 10
+ASK_S = 60.0
+"""For an answer of the watch; without one the work goes on."""
+MAX_READ_DEATHS = 10
+"""Of processes over one pass, each on a node that lives: Ray would try it for ever."""
 SAME_START_S = 60.0
 """Between what a clock that was set anew makes of one start; a process's number is not given again so soon."""
 
@@ -33,6 +39,11 @@ class Life:
         context = ray.get_runtime_context()
         owner = context.get_actor_id() or context.get_worker_id()
         return cls(owner, context.get_node_id(), os.getpid(), psutil.Process().create_time())
+
+
+def find_draining() -> frozenset[str]:
+    """Nodes that will go soon: their machines had notice, or somebody drains them. Blocks."""
+    return frozenset(ray._private.state.state.get_draining_nodes())
 
 
 def is_node_alive(node_id: str) -> bool:
@@ -90,6 +101,23 @@ class Beats:
 
 _beats: dict[Any, Beats] = {}
 """This process's, by their watch, if it runs tasks."""
+
+
+@contextlib.contextmanager
+def counted(watch: Any, name: str) -> Iterator[None]:
+    """A pass that the watch knows of, if there is one; raises JobError if it has ended too many processes."""
+    life, deaths = Life.here(), 0
+    with contextlib.suppress(RayError):
+        deaths = ray.get(watch.read.remote(life, name), timeout=ASK_S)
+    if deaths >= MAX_READ_DEATHS:
+        raise JobError(
+            f"{name}: {deaths} processes that read it have ended before it was read. If they ran out of memory, lower "
+            "output.chunk_rows or limits.max_image_pixels, or give each processor of the cluster more memory."
+        )
+    try:
+        yield
+    finally:
+        watch.has_read.remote(life, name)
 
 
 def attend(watch: Any, limits: LimitsSpec) -> None:

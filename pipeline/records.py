@@ -134,6 +134,11 @@ class Reading:
         """The shard's URL."""
         return self.stream.url if self.stream is not None else self.works[0].chunk.shard
 
+    @property
+    def name(self) -> str:
+        """For people; no two of a job have the same."""
+        return f"{self.shard} from {self.works[0].chunk.start if self.works else 0}"
+
 
 @dataclass(frozen=True)
 class EncodedImage:

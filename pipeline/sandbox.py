@@ -19,7 +19,9 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -32,6 +34,9 @@ from pipeline.tiling import Tiling
 
 Decode = Callable[[bytes, ImageLimits, Tiling | None], EncodedImage]
 PATIENCE = 5
+START_S = 120.0
+OVERDUE_S = 10.0
+"""After a child should have ended itself: one that is stopped, or starts no more, cannot, and is killed."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class ImageSandbox:
             if answer is None or _may_be_due_to_earlier_images(answer):
                 if child is not None:
                     child.stop()
-                child = _Child(self._order)
+                child = _start_child(self._order)
                 answer = child.ask(checked)
         finally:
             if child is not None and not child.is_ready:
@@ -105,6 +110,14 @@ def _may_be_due_to_earlier_images(answer: EncodedImage | SampleError) -> bool:
     return isinstance(answer, SampleError) and answer.error_type in ("image_decoder_memory", "image_decoder_crashed")
 
 
+def _start_child(order: _Order) -> "_Child":
+    """Twice, if need be: it may be killed as it starts, and no image is to blame. Raises JobError."""
+    try:
+        return _Child(order)
+    except JobError:
+        return _Child(order)
+
+
 class _Child:
     """One process that decodes; for one thread at a time."""
 
@@ -122,8 +135,9 @@ class _Child:
                 process_group=0,  # Ctrl-C in a terminal is for the parent
             )
         try:
-            self._link.send_bytes(pickle.dumps(order))
-            self.is_ready = self._link.recv_bytes() == READY
+            with self._killed_after(START_S):
+                self._link.send_bytes(pickle.dumps(order))
+                self.is_ready = self._link.recv_bytes() == READY
         except (EOFError, OSError) as error:
             raise JobError(f"The process that decodes images did not start: {_in_words(self._end())}.") from error
         finally:
@@ -134,15 +148,27 @@ class _Child:
         """Decode one image. Where it is left by an exception, an answer is outstanding: the child is not ready."""
         self.is_ready = False
         try:
-            self._link.send_bytes(data)
-            head = json.loads(self._link.recv_bytes())
-            body = b"" if "error_type" in head else self._link.recv_bytes()
+            with self._killed_after(self._limits.timeout_s * PATIENCE + OVERDUE_S):
+                self._link.send_bytes(data)
+                head = json.loads(self._link.recv_bytes())
+                body = b"" if "error_type" in head else self._link.recv_bytes()
         except (EOFError, OSError):
             return self._why_it_ended()
         self.is_ready = True
         if "error_type" in head:
             return SampleError(head["error_type"], head["message"])
         return EncodedImage(head["width"], head["height"], body or data)
+
+    @contextmanager
+    def _killed_after(self, seconds: float) -> Iterator[None]:
+        """The link breaks then, which ends the wait for an answer."""
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def stop(self) -> None:
         """End the process, whatever it does."""

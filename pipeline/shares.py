@@ -8,7 +8,7 @@ Not covered: which engine goes, and its chunks, which are the watch's and the en
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,15 @@ GIVE_WAY_S = 60.0
 LEAVE_S = 3600.0
 """For an engine that was told to leave to finish what it has begun."""
 ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the watch has to know of a job's engines to share GPUs with other jobs."""
+
+    gpus_per_engine: float
+    min_engines: int
+    """For as many Ray Data asks until it has them; for more only where Ray Data thinks that there is room."""
 
 
 @dataclass
@@ -118,3 +127,11 @@ def find_shares() -> Any:
     options: dict[str, Any] = {"name": "shares", "namespace": "r4b", "get_if_exists": True}
     options |= {"num_cpus": 0, "scheduling_strategy": here}
     return ray.remote(Shares).options(**options).remote()
+
+
+def has_room(gpus: float, draining: Set[str]) -> bool:
+    """Whether a node that stays has the GPUs free, and a processor beside them, as the cluster knows it now. Blocks."""
+    free = ray._private.state.available_resources_per_node()
+    return any(
+        node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= 1 for key, node in free.items() if key not in draining
+    )

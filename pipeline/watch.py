@@ -8,7 +8,9 @@ Not covered: engines that answer nothing although their process lives; their act
 
 import asyncio
 import contextlib
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +19,9 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.lives import BEATS_IN_A_TIMEOUT, Life, is_node_alive, kill_there
+from pipeline.lives import BEATS_IN_A_TIMEOUT, Life, find_draining, is_node_alive, kill_there
 from pipeline.records import Losses
-from pipeline.shares import REPORT_S, find_shares
+from pipeline.shares import REPORT_S, Pool, find_shares, has_room
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import Result, Rows, Suspects, Trial
 
@@ -30,7 +32,11 @@ MAX_UNSTARTED = 5
 MAX_DEATHS_IN_A_ROW = 12
 """Of one actor's engines, none of which answered anything."""
 MAX_TOLD = 3
+LOOK_S = 5.0
+"""Between two looks for nodes that drain: Google Cloud gives notice of 25 s."""
 COUNT_S = 10.0
+ANSWER_S = 10.0
+"""For an answer of the cluster's shares."""
 
 
 @dataclass
@@ -51,15 +57,6 @@ class _Present:
     """Chunks in its engine: a name for people, and the rows on trial."""
 
 
-@dataclass(frozen=True)
-class Pool:
-    """What the watch has to know of a job's engines to share GPUs with other jobs."""
-
-    gpus_per_engine: float
-    min_engines: int
-    """For as many Ray Data asks until it has them; for more only where Ray Data thinks that there is room."""
-
-
 class Watch:
     """The actor's class; `start_watch` makes the actor. Times are its own clock's."""
 
@@ -75,6 +72,10 @@ class Watch:
         self._num_deaths = self._num_lost = self._num_begun = self._num_unstarted = 0
         self._in_a_row: dict[str, int] = {}
         self._any_ready = False
+        self._draining: frozenset[str] = frozenset()
+        self._readings: dict[str, Life] = {}
+        """Passes under way, by their names, and who makes them."""
+        self._read_deaths: Counter[str] = Counter()
         self._loops: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -86,8 +87,9 @@ class Watch:
         present = self._hear(life)
         present.placed_at = time.monotonic()
         if self._shares is not None:
-            with contextlib.suppress(RayError):
-                present.must_yield = await self._shares.owes.remote(ray.get_runtime_context().get_job_id())
+            with contextlib.suppress(RayError, TimeoutError):
+                async with asyncio.timeout(ANSWER_S):
+                    present.must_yield = await self._shares.owes.remote(ray.get_runtime_context().get_job_id())
 
     async def enter(self, life: Life) -> str | None:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
@@ -136,13 +138,31 @@ class Watch:
         self._in_a_row.pop(life.owner, None)
         self._suspects.done(chunk_id)
 
-    async def beat(self, life: Life, is_engine: bool = False) -> bool:
-        """The process lives; True: it should leave, for another job waits for its GPUs."""
+    async def beat(self, life: Life, is_engine: bool = False) -> float | None:
+        """The process lives. If an engine should leave: the seconds that it has for what it has begun.
+
+        It should if its node drains, and if another job waits for its GPUs, which then has patience.
+        """
         present = self._hear(life)
         if is_engine and present.placed_at is None:  # this watch is a new one
             present.placed_at, present.is_engine, present.is_ready = time.monotonic(), True, True
             self._any_ready = True
-        return present.must_yield
+        if life.node_id in self._draining:
+            return self._limits.preemption_grace_s
+        return math.inf if present.must_yield else None
+
+    async def read(self, life: Life, name: str) -> int:
+        """A pass over a shard begins; how many processes have ended in it, other than with their node."""
+        before = self._readings.get(name)
+        if before is not None and before != life and await asyncio.to_thread(is_node_alive, before.node_id):
+            self._read_deaths[name] += 1
+        self._readings[name] = life
+        return self._read_deaths[name]
+
+    async def has_read(self, life: Life, name: str) -> None:
+        """It has come to its end."""
+        if self._readings.get(name) == life:
+            del self._readings[name]
 
     async def depart(self, life: Life) -> None:
         """An actor is about to end: it is still watched, but what it holds is no suspect for its end."""
@@ -159,7 +179,7 @@ class Watch:
 
     def _begin(self) -> None:
         if not self._loops:
-            self._loops = [asyncio.ensure_future(loop) for loop in (self._reap(), self._share())]
+            self._loops = [asyncio.ensure_future(loop) for loop in (self._reap(), self._share(), self._look())]
 
     def _hear(self, life: Life) -> _Present:
         self._begin()
@@ -222,6 +242,13 @@ class Watch:
             return f"it had not started after {limits.start_timeout_s:g} s"
         return None
 
+    async def _look(self) -> None:
+        """Keep up with the nodes that drain."""
+        while True:
+            with contextlib.suppress(Exception):  # Ray's own kinds, and plain ones: the GCS is slow, or not there
+                self._draining = await asyncio.to_thread(find_draining)
+            await asyncio.sleep(LOOK_S)
+
     async def _share(self) -> None:
         """Report what engines there are, and let one go to another job when that is fair."""
         pool, job = self._pool, ray.get_runtime_context().get_job_id() if self._pool else ""
@@ -229,8 +256,10 @@ class Watch:
             await asyncio.sleep(REPORT_S)
             try:
                 self._shares = self._shares or find_shares()
-                yields = await self._shares.report.remote(job, *await self._wants(pool), self._limits.yield_after_s)
-            except (RayError, ValueError):  # the job that it belonged to has ended, maybe this very moment
+                wants = await self._wants(pool)
+                async with asyncio.timeout(ANSWER_S):
+                    yields = await self._shares.report.remote(job, *wants, self._limits.yield_after_s)
+            except (RayError, ValueError, TimeoutError):  # the job that it belonged to has ended, or is held up
                 self._shares = None
                 continue
             if yields and (engines := [one for one in self._staying() if one.is_engine]):
@@ -249,7 +278,9 @@ class Watch:
     async def _wants(self, pool: Pool) -> tuple[float, float, bool]:
         """GPUs that it has, GPUs of an engine, and whether it waits for another engine, for which none are free."""
         num_engines = len(self._staying())
-        waits = num_engines < pool.min_engines and await asyncio.to_thread(count_free_gpus) < pool.gpus_per_engine
+        waits = num_engines < pool.min_engines and not await asyncio.to_thread(
+            has_room, pool.gpus_per_engine, self._draining
+        )
         return num_engines * pool.gpus_per_engine, pool.gpus_per_engine, waits
 
     async def _replace(self, life: Life, present: _Present, fault: str) -> None:
@@ -293,8 +324,3 @@ def end_watch(watch: Any) -> None:
     """End it with its run: it would go on to judge processes that now work for another. Hides no error of the run's."""
     with contextlib.suppress(RayError):
         ray.kill(watch)
-
-
-def count_free_gpus() -> float:
-    """Of the whole cluster, as it knows it now. Blocks."""
-    return float(ray.available_resources().get("GPU", 0))

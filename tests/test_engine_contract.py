@@ -3,6 +3,7 @@
 What only a model can show (its answers, its tokens) is in test_checkpoint.py.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import typing
@@ -220,6 +221,43 @@ def user(content: Any) -> dict[str, Any]:
         ([user([IMAGE]), user([HELLO, IMAGE])], 2, [user([IMAGE]), user([HELLO, IMAGE])]),
     ],
 )
+class Renderer:
+    """vLLM's, which fails as it is told to, one time after another."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    async def render_chat_async(self, conversations: Any, params: Any) -> Any:
+        if self.errors:
+            raise self.errors.pop(0)
+        return None, ("the prompt",)
+
+
+def render(*errors: Exception) -> Any:
+    """The prompt that a VLLMEngine makes with this renderer."""
+    from pipeline.engine.vllm_engine import VLLMEngine
+
+    engine: Any = VLLMEngine.__new__(VLLMEngine)
+    engine.llm = SimpleNamespace(renderer=Renderer(*errors))
+    return asyncio.run(engine._render_chat([], None))
+
+
+def test_rendering_that_takes_too_long_is_tried_again_and_then_ends_the_engine() -> None:
+    assert render() == "the prompt"
+    assert render(TimeoutError("after 30 s")) == "the prompt"  # the process was stopped meanwhile
+    with pytest.raises(EngineDiedError, match="after 30 s"):
+        render(TimeoutError("after 30 s"), TimeoutError("after 30 s"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(ValueError("odd"), "request_invalid"), (RuntimeError("odd"), "engine_error")]
+)
+def test_rendering_that_fails_is_an_error_row(error: Exception, expected: str) -> None:
+    with pytest.raises(SampleError, match="odd") as caught:
+        render(error)
+    assert caught.value.error_type == expected
+
+
 def test_task_to_request_images_take_their_places_or_come_before_the_last_text(
     messages: list[dict[str, Any]], num_images: int, placed: list[dict[str, Any]] | None
 ) -> None:

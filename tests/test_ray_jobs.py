@@ -57,7 +57,7 @@ def info(status: JobStatus, start_time: int = 1, message: str = "", exit_code: i
 
 @pytest.fixture
 def cluster_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], Cluster]:
-    monkeypatch.setattr(jobs.ray_jobs.time, "sleep", lambda _: None)
+    monkeypatch.setattr("jobs.ray_jobs.time.sleep", lambda _: None)
 
     def make(script: Script) -> Cluster:
         monkeypatch.setattr(jobs.ray_jobs, "_Client", lambda _: script)

@@ -81,6 +81,10 @@ def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def give_up() -> None:
     os._exit(3)
 
@@ -102,7 +106,7 @@ def tell() -> None:
 DEEDS: dict[bytes, Callable[[], None]] = {
     deed.__name__.encode(): deed
     for deed in (
-        *(spin, spin_in_c, wait, eat_memory, os.abort, read_null, kill_itself, give_up),
+        *(spin, spin_in_c, wait, eat_memory, os.abort, read_null, kill_itself, stop_itself, give_up),
         *(interrupt_parent, crash_if_used_before, tell),
     )
 }
@@ -200,6 +204,35 @@ def test_prepare_blames_no_image_for_what_earlier_ones_left(sandbox: ImageSandbo
 def test_prepare_after_an_idle_child_was_killed_works(sandbox: ImageSandbox) -> None:
     os.kill(ask(sandbox)["pid"], signal.SIGKILL)
     assert sandbox.prepare(png(6)).width == 6
+
+
+@pytest.mark.timeout(60)
+def test_prepare_does_not_wait_for_a_child_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.sandbox.OVERDUE_S", 0.5)
+    with closing(ImageSandbox(ImageLimits(), SandboxLimits(timeout_s=0.5), None, misbehave)) as sandbox:
+        os.kill(ask(sandbox)["pid"], signal.SIGSTOP)
+        assert sandbox.prepare(png(6)).width == 6
+        assert error_type(sandbox, b"stop_itself") == "image_decoder_crashed"
+        assert sandbox.prepare(png(7)).width == 7
+
+
+@pytest.mark.timeout(60)
+def test_prepare_starts_a_child_again_that_is_stopped_as_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+    starts: list[int] = []
+
+    def start(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+        process = real(command, **options)
+        if not starts:
+            process.send_signal(signal.SIGSTOP)
+        starts.append(process.pid)
+        return process
+
+    monkeypatch.setattr("pipeline.sandbox.START_S", 5.0)
+    monkeypatch.setattr("pipeline.sandbox.subprocess.Popen", start)
+    with closing(ImageSandbox(ImageLimits(), LIMITS, None, misbehave)) as sandbox:
+        assert sandbox.prepare(png(6)).width == 6
+    assert len(starts) == 2
 
 
 def test_prepare_interrupted_in_the_parent_leaves_no_answer_for_the_next_image(sandbox: ImageSandbox) -> None:

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ResponseStreamingError
 from botocore.response import StreamingBody
+from urllib3.exceptions import SSLError
 
 from pipeline.errors import ShardChangedError, SpecError, StorageError, StoreUnavailableError
 from pipeline.spec import StorageSpec
@@ -650,14 +651,19 @@ def _time_after(seconds: float, clock: Callable[[], float]) -> float:
     return clock() + seconds
 
 
-def test_s3_body_cut_while_it_is_read_is_fetched_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [ResponseStreamingError(error="connection reset"), SSLError("bad record mac")], ids=["cut", "garbled"]
+)
+def test_s3_body_cut_while_it_is_read_is_fetched_again(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     place = s3_place(s3)
     place.put("a")
     real, failures = StreamingBody.read, iter([True, False])
 
     def read_or_fail(body: StreamingBody, *args: Any) -> bytes:
         if next(failures, False):
-            raise ResponseStreamingError(error="connection reset")
+            raise error
         data: bytes = real(body, *args)
         return data
 

@@ -8,9 +8,10 @@ import pytest
 from ray.exceptions import RayError
 
 from pipeline.lives import Life
+from pipeline.shares import Pool, has_room
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import DEATHS_OF_A_SUSPECT
-from pipeline.watch import MAX_DEATHS_IN_A_ROW, MAX_UNSTARTED, Pool, Watch
+from pipeline.watch import MAX_DEATHS_IN_A_ROW, MAX_UNSTARTED, Watch
 
 ROWS = [0, 1, 2]
 
@@ -23,8 +24,15 @@ class Cluster:
         self.killed: list[Life] = []
         self.ended: set[Life] = set()
         self.kills_fail = 0
+        self.draining: frozenset[str] | None = frozenset()
+        monkeypatch.setattr("pipeline.watch.find_draining", self.find_draining)
         monkeypatch.setattr("pipeline.watch.is_node_alive", lambda node_id: node_id not in self.gone)
         monkeypatch.setattr("pipeline.watch.kill_there", self.kill)
+
+    def find_draining(self) -> frozenset[str]:
+        if self.draining is None:
+            raise TimeoutError("the cluster does not answer")
+        return self.draining
 
     async def kill(self, life: Life) -> bool:
         if life.node_id in self.gone:
@@ -177,7 +185,7 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
     shares, free = ReadyShares(), [0.0]
     monkeypatch.setattr("pipeline.watch.find_shares", lambda: shares)
     monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
-    monkeypatch.setattr("pipeline.watch.count_free_gpus", lambda: free[0])
+    monkeypatch.setattr("pipeline.watch.has_room", lambda gpus, draining: free[0] >= gpus)
     monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
     first, last, reader = life(1, "first"), life(2, "last"), life(3, "reader")
 
@@ -219,6 +227,92 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
     asyncio.run(play())
 
 
+def test_engines_leave_a_node_that_drains_within_the_grace(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.watch.LOOK_S", 0.02)
+    going, staying = life(1, "going", "old"), life(2, "staying", "new")
+
+    async def play(watch: Watch) -> None:
+        for one in (going, staying):
+            await start(watch, one)
+        await asyncio.sleep(0.1)
+        assert [await watch.beat(one) for one in (going, staying)] == [None, None]
+        cluster.draining = frozenset({"old"})
+        await asyncio.sleep(0.1)
+        assert [await watch.beat(one) for one in (going, staying)] == [7, None]
+        cluster.draining = None
+        await asyncio.sleep(0.1)
+        cluster.draining = frozenset({"new"})
+        await asyncio.sleep(0.1)
+        assert [await watch.beat(one) for one in (going, staying)] == [None, 7]
+
+    run(play, preemption_grace_s=7)
+
+
+def test_passes_that_end_their_processes_are_counted(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        assert await watch.read(life(1), "a") == 0
+        assert await watch.read(life(1), "b") == 0
+        assert await watch.read(life(2), "a") == 1
+        assert await watch.read(life(2), "a") == 1, "it is the same process"
+        await watch.has_read(life(1), "a")  # a late word
+        assert await watch.read(life(3, node="gone"), "a") == 2
+        cluster.gone.add("gone")
+        assert await watch.read(life(4), "a") == 2, "its node is gone"
+        await watch.has_read(life(4), "a")
+        assert await watch.read(life(5), "a") == 2, "it had come to its end"
+        assert await watch.read(life(5), "b") == 1
+
+    run(play)
+
+
+def test_shares_that_say_nothing_hold_up_no_engine(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silence(*said: object) -> bool:
+        await asyncio.sleep(60)
+        return True
+
+    shares = ReadyShares()
+    shares.report.remote = shares.owes.remote = silence
+    made: list[ReadyShares] = []
+
+    def find() -> ReadyShares:
+        made.append(shares)
+        return shares
+
+    monkeypatch.setattr("pipeline.watch.find_shares", find)
+    monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
+    monkeypatch.setattr("pipeline.watch.ANSWER_S", 0.05)
+    monkeypatch.setattr("pipeline.watch.has_room", lambda gpus, draining: False)
+    monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
+
+    async def play() -> None:
+        watch = Watch(LimitsSpec(), Pool(gpus_per_engine=1, min_engines=1))
+        await watch.open()
+        async with asyncio.timeout(5):
+            await watch.place(life(1))
+            while len(made) < 3:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "draining", "fits"),
+    [
+        ({"a": {"GPU": 2.0, "CPU": 1.0}}, set(), True),
+        ({"a": {"GPU": 1.0, "CPU": 8.0}, "b": {"GPU": 1.0, "CPU": 8.0}}, set(), False),
+        ({"a": {"GPU": 2.0, "CPU": 0.5}, "b": {"CPU": 8.0}}, set(), False),
+        ({"a": {"GPU": 2.0, "CPU": 1.0}}, {"a"}, False),
+        ({"a": {"GPU": 2.0, "CPU": 1.0}, "b": {"GPU": 2.0, "CPU": 1.0}}, {"a"}, True),
+        ({}, set(), False),
+    ],
+)
+def test_room_is_on_one_node_that_stays(
+    monkeypatch: pytest.MonkeyPatch, nodes: dict[str, dict[str, float]], draining: set[str], fits: bool
+) -> None:
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: nodes)
+    assert has_room(2, draining) is fits
+
+
 def test_engines_that_never_start_end_the_job_unless_one_has_started(cluster: Cluster) -> None:
     async def play(watch: Watch) -> None:
         reasons = []
@@ -239,7 +333,7 @@ def test_what_gives_no_sign_holds_no_gpus(cluster: Cluster, monkeypatch: pytest.
     shares.owed = False
     monkeypatch.setattr("pipeline.watch.find_shares", lambda: shares)
     monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
-    monkeypatch.setattr("pipeline.watch.count_free_gpus", lambda: free[0])
+    monkeypatch.setattr("pipeline.watch.has_room", lambda gpus, draining: free[0] >= gpus)
     monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
 
     async def play() -> None:

@@ -144,17 +144,31 @@ class VLLMEngine:
         params = ChatParams(chat_template_kwargs=self._template_kwargs(request))
         # In a thread: decoding would hold up every other request of this event loop.
         pictures = await asyncio.to_thread(lambda: [open_fitted(image, self.tiling) for image in request.images])
-        messages: Any = _place_images(request, pictures)
-        try:
-            _, (prompt,) = await self.llm.renderer.render_chat_async([messages], params)
-        except (VLLMClientError, ValueError, TypeError) as error:
-            raise _to_sample_error(error) from error
+        prompt = await self._render_chat(_place_images(request, pictures), params)
         length = len(prompt["prompt_token_ids"])
         if length >= self._max_model_len:
             raise SampleError(
                 "prompt_too_long", f"The prompt has {length} tokens, the model takes {self._max_model_len}."
             )
         return prompt
+
+    async def _render_chat(self, messages: Any, params: ChatParams) -> Any:
+        """vLLM's rendering, whose limit of 30 s counts the time that this process was stopped, too: tried twice.
+
+        Raises SampleError, or EngineDiedError for what took too long twice: a template that hangs keeps its thread.
+        """
+        for is_last in (False, True):
+            try:
+                _, (prompt,) = await self.llm.renderer.render_chat_async([messages], params)
+                return prompt
+            except TimeoutError as error:
+                if is_last:
+                    raise EngineDiedError(f"The engine hangs: {_one_line(error)}") from error
+            except (VLLMClientError, ValueError, TypeError) as error:
+                raise _to_sample_error(error) from error
+            except Exception as error:  # vLLM and Jinja have plain ones for what is wrong with one prompt
+                raise SampleError("engine_error", f"vLLM cannot render the prompt: {_one_line(error)}") from error
+        raise AssertionError("never here")
 
     def _template_kwargs(self, request: EngineRequest) -> dict[str, Any]:
         return {"thinking_mode": request.thinking_mode, "add_generation_prompt": True}

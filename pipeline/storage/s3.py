@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, BinaryIO, cast
 
 import botocore.exceptions
+import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
 
 from pipeline.errors import ShardChangedError, SpecError, StoreUnavailableError
@@ -135,7 +136,11 @@ class S3Store:
         """Bytes `start` to `stop` of this version; one try beyond boto3's own."""
         bucket, key = split_s3(info.url)
         wanted = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{info.version}"'}
-        data: bytes = self.client.get_object(Bucket=bucket, Key=key, **wanted)["Body"].read()
+        body = self.client.get_object(Bucket=bucket, Key=key, **wanted)["Body"]
+        try:
+            data: bytes = body.read()
+        except urllib3.exceptions.HTTPError as error:  # botocore lets some pass as they are, those of TLS for instance
+            raise botocore.exceptions.ResponseStreamingError(error=error) from error
         return data
 
 
