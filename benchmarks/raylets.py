@@ -45,8 +45,8 @@ def make_address(number: int) -> str:
     return f"10.77.{number // 256}.{number % 256}"
 
 
-def _run(command: str) -> None:
-    subprocess.run(command.split(), check=True, capture_output=True)
+def _run(command: str, *words: str) -> None:
+    subprocess.run([*command.split(), *words], check=True, capture_output=True)
 
 
 @dataclass
@@ -81,10 +81,15 @@ class Node:
 
     def drain(self, seconds: float) -> None:
         """As a machine that had notice: it will be gone after so many seconds."""
+        # Ray's command would take any raylet of this host for the one that is meant
+        code = (
+            "import ray; ray.init(log_to_driver=False);"
+            f"print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == '{self.address}'])"
+        )
+        asked = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot interruption"]
-        enter = ["nsenter", "-t", str(self.holder.pid), "-n", RAY, "drain-node", f"--address={HEAD}:{PORT}"]
-        command = [*enter, *words, "--deadline-remaining-seconds", f"{seconds:.0f}"]
-        subprocess.run(command, check=True, capture_output=True)
+        words += ["--node-id", asked.stdout.split()[-1], "--deadline-remaining-seconds", f"{seconds:.0f}"]
+        _run(" ".join([RAY, "drain-node", f"--address={HEAD}:{PORT}"]), *words)
 
     def crash(self) -> None:
         """As a machine whose power fails: every process at once."""

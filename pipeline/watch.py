@@ -98,7 +98,7 @@ class Watch:
         for earlier in [one for one in self._present if one.owner == life.owner and one != life]:
             before = self._present[earlier]
             if not await asyncio.to_thread(is_node_alive, earlier.node_id):
-                self._num_lost += 1
+                self._num_lost += not before.is_leaving
             elif before.chunks or not before.is_ready:  # else the pool had let it go
                 self._charge(earlier, "its process ended")
             self._end(earlier)

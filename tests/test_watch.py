@@ -109,6 +109,18 @@ def test_chunks_of_two_deaths_get_a_trial(cluster: Cluster) -> None:
     run(play)
 
 
+def test_an_engine_that_left_before_its_node_went_was_not_lost(cluster: Cluster) -> None:
+    async def play(watch: Watch) -> None:
+        for number, node in enumerate(("left", "lost", "last")):
+            await start(watch, life(number, node=node))
+            if node == "left":
+                await watch.depart(life(number, node=node))
+            cluster.gone.add(node)
+        assert (await watch.count())[:2] == (0, 1)
+
+    run(play)
+
+
 def test_what_went_with_its_node_is_blamed_for_nothing(cluster: Cluster) -> None:
     async def play(watch: Watch) -> None:
         for number in range(5):
