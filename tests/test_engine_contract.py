@@ -201,26 +201,6 @@ def test_request_that_vllm_gave_up_is_no_answer(
     assert next(left, None) is None
 
 
-# From a row of a job to a request, which is the same for both engines.
-
-IMAGE, HELLO = {"type": "image"}, {"type": "text", "text": "Hello"}
-PICTURES = tuple(EncodedImage(1, 1, bytes([n])) for n in range(2))
-
-
-def user(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-@pytest.mark.parametrize(
-    ("messages", "num_images", "placed"),
-    [
-        ([user("Hello")], 0, [user("Hello")]),
-        ([user("Hello")], 2, [user([IMAGE, IMAGE, HELLO])]),
-        ([user("Few"), {"role": "assistant", "content": "shots"}, user("Hello")], 1, None),
-        ([user([HELLO, IMAGE, HELLO, IMAGE])], 2, [user([HELLO, IMAGE, HELLO, IMAGE])]),
-        ([user([IMAGE]), user([HELLO, IMAGE])], 2, [user([IMAGE]), user([HELLO, IMAGE])]),
-    ],
-)
 class Renderer:
     """vLLM's, which fails as it is told to, one time after another."""
 
@@ -258,6 +238,26 @@ def test_rendering_that_fails_is_an_error_row(error: Exception, expected: str) -
     assert caught.value.error_type == expected
 
 
+# From a row of a job to a request, which is the same for both engines.
+
+IMAGE, HELLO = {"type": "image"}, {"type": "text", "text": "Hello"}
+PICTURES = tuple(EncodedImage(1, 1, bytes([n])) for n in range(2))
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("messages", "num_images", "placed"),
+    [
+        ([user("Hello")], 0, [user("Hello")]),
+        ([user("Hello")], 2, [user([IMAGE, IMAGE, HELLO])]),
+        ([user("Few"), {"role": "assistant", "content": "shots"}, user("Hello")], 1, None),
+        ([user([HELLO, IMAGE, HELLO, IMAGE])], 2, [user([HELLO, IMAGE, HELLO, IMAGE])]),
+        ([user([IMAGE]), user([HELLO, IMAGE])], 2, [user([IMAGE]), user([HELLO, IMAGE])]),
+    ],
+)
 def test_task_to_request_images_take_their_places_or_come_before_the_last_text(
     messages: list[dict[str, Any]], num_images: int, placed: list[dict[str, Any]] | None
 ) -> None:
