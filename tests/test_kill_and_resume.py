@@ -213,7 +213,7 @@ def test_job_goes_on_without_vllms_own_process_that_hangs(tmp_path: Path) -> Non
 
 
 IMPORTS_S = 2.0
-"""Of processor time, that a worker takes for its imports: the watch knows none before (docs/DESIGN.md, Who is silent)."""
+"""Of processor time, that a worker takes for its imports: before, the watch knows of none (docs/DESIGN.md)."""
 
 
 def kill_one(root: int, title: str, number: int = signal.SIGKILL, at_least_s: float = 0.0) -> bool:
