@@ -1,7 +1,7 @@
 """A job that spreads over three nodes, of which it loses two in mid-run and then gets one: what is done again.
 
     python -m benchmarks.node_losses
-    python -m benchmarks.node_losses --notice-s 40
+    python -m benchmarks.node_losses --notice-s 60 --rows 10000
 
 Nodes in network namespaces (root), the simulated engine. Prints lines of JSON: which nodes had engines and readers,
 what happened when, and the output compared with the plan. With `--notice-s` the nodes crash so many seconds after they

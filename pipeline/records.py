@@ -137,7 +137,10 @@ class Reading:
     @property
     def name(self) -> str:
         """For people; no two of a job have the same."""
-        return f"{self.shard} from {self.works[0].chunk.start if self.works else 0}"
+        if self.stream is not None:
+            return self.shard
+        first = self.works[0].chunk
+        return f"{self.shard} from {first.start} (chunk {first.chunk_id})"  # a folder's chunks differ in the id alone
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import pytest
 from pipeline.errors import SpecError
 from pipeline.plan import Plan, make_plan
 from pipeline.records import Anchor, Chunk
-from tests.builders import IMAGE_STRUCT, image_table, make_job, write_shard
+from tests.builders import IMAGE_STRUCT, image_table, make_job, numbered_png, write_shard
+from tests.reading import readings_of
 from tests.s3_server import S3Server
 
 
@@ -398,3 +399,15 @@ def test_make_plan_folder_has_only_id_and_path_columns(tmp_path: Path, sections:
     assert str(caught.value).startswith(f"{key}: ")
     assert "'question'" in str(caught.value)
     assert str(caught.value).endswith(" id, path.")
+
+
+def test_no_two_readings_of_a_plan_have_one_name(tmp_path: Path) -> None:
+    """The watch tells passes apart by their names."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number:02d}.png").write_bytes(numbered_png(number))
+    plan = make_plan(make_job(folder, tmp_path / "out", input={"format": "images"}))
+    names = [reading.name for reading in readings_of(plan)]
+    assert len(names) > 3
+    assert len(set(names)) == len(names)
