@@ -51,7 +51,7 @@ from pipeline.records import (
     Work,
     valid_text,
 )
-from pipeline.shares import Pool
+from pipeline.sharing import Pool
 from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
 from pipeline.watch import count_losses, end_watch, start_watch

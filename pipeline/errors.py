@@ -14,6 +14,8 @@
 Messages are for a person: they name the thing, the value and the way out.
 """
 
+import errno
+
 
 class R4BError(Exception):
     """Base of all errors that are reported without a traceback."""
@@ -61,3 +63,11 @@ class SampleError(R4BError):
 
     def __reduce__(self) -> tuple[type["SampleError"], tuple[str, str]]:
         return SampleError, (self.error_type, self.message)
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether a disk or its network failed, not what a file holds: gzip's and Arrow's own OSErrors have no number."""
+    return isinstance(error, OSError) and error.errno not in (
+        None,
+        errno.EINVAL,
+    )  # EINVAL: a file told it to seek amiss

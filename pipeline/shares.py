@@ -1,19 +1,14 @@
 """Fair shares: of jobs that run on one cluster at the same time, the one with most GPUs lets engines go to the others.
 
 Ray gives a free GPU to whoever asked first, and takes none away: a job that began alone keeps all of them to its end.
-So every job's watch (`pipeline.watch`) reports here, to one Ray actor of the cluster, how many GPUs its engines have,
-and whether they are fewer than `engine.replicas.min`. The actor belongs to the watch that made it and goes with it;
-then another makes the next.
+So every job's watch reports here, to one Ray actor of the cluster (`pipeline.sharing`), how many GPUs its engines have,
+and whether they are fewer than `engine.replicas.min`.
 Not covered: which engine goes, and its chunks, which are the watch's and the engine actor's.
 """
 
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 REPORT_S = 10.0
 FORGOTTEN_S = 4 * REPORT_S
@@ -23,15 +18,6 @@ GIVE_WAY_S = 60.0
 LEAVE_S = 3600.0
 """For an engine that was told to leave to finish what it has begun."""
 ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Pool:
-    """What the watch has to know of a job's engines to share GPUs with other jobs."""
-
-    gpus_per_engine: float
-    min_engines: int
-    """For as many Ray Data asks until it has them; for more only where Ray Data thinks that there is room."""
 
 
 @dataclass
@@ -119,19 +105,3 @@ def _fits(giver: _Job, receiver: _Job) -> bool:
     """Whether an engine of the one has room for one of the other's, and would leave it with no fewer GPUs."""
     is_fair = giver.gpus - giver.gpus_per_engine >= receiver.gpus + receiver.gpus_per_engine - ROUNDING
     return is_fair and receiver.gpus_per_engine <= giver.gpus_per_engine
-
-
-def find_shares() -> Any:
-    """The cluster's, made if there is none."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options: dict[str, Any] = {"name": "shares", "namespace": "r4b", "get_if_exists": True}
-    options |= {"num_cpus": 0, "scheduling_strategy": here}
-    return ray.remote(Shares).options(**options).remote()
-
-
-def has_room(gpus: float, draining: Set[str]) -> bool:
-    """Whether a node that stays has the GPUs free, and a processor beside them, as the cluster knows it now. Blocks."""
-    free = ray._private.state.available_resources_per_node()
-    return any(
-        node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= 1 for key, node in free.items() if key not in draining
-    )

@@ -19,24 +19,19 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.deaths import Deaths
 from pipeline.lives import BEATS_IN_A_TIMEOUT, Life, find_draining, is_node_alive, kill_there
 from pipeline.records import Losses
-from pipeline.shares import REPORT_S, Pool, find_shares, has_room
+from pipeline.shares import REPORT_S
+from pipeline.sharing import Pool, Sharing, has_room
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import Result, Rows, Suspects, Trial
 
 BEATS_MISSED = 3
 """After which a process is no longer counted as one that holds GPUs."""
-MAX_UNSTARTED = 5
-"""Engines of a job that died before any of its engines had started."""
-MAX_DEATHS_IN_A_ROW = 12
-"""Of one actor's engines, none of which answered anything."""
-MAX_TOLD = 3
 LOOK_S = 5.0
 """Between two looks for nodes that drain: Google Cloud gives notice of 25 s."""
 COUNT_S = 10.0
-ANSWER_S = 10.0
-"""For an answer of the cluster's shares."""
 
 
 @dataclass
@@ -63,15 +58,13 @@ class Watch:
     def __init__(self, limits: LimitsSpec, pool: Pool | None = None) -> None:
         self._limits = limits
         self._pool = pool
-        self._shares: Any = None
+        self._sharing: Sharing | None = None
         self._present: dict[Life, _Present] = {}
         self._over: dict[str, Life] = {}
         """The last life of each actor that has ended; what it may still say counts no more."""
         self._suspects = Suspects()
-        self._deaths: list[str] = []
-        self._num_deaths = self._num_lost = self._num_begun = self._num_unstarted = 0
-        self._in_a_row: dict[str, int] = {}
-        self._any_ready = False
+        self._deaths = Deaths(limits)
+        self._num_lost = self._num_begun = 0
         self._draining: frozenset[str] = frozenset()
         self._readings: dict[str, Life] = {}
         """Passes under way, by their names, and who makes them."""
@@ -86,10 +79,7 @@ class Watch:
         """An actor has got GPUs; they may be those that were let go for a job that still waits."""
         present = self._hear(life)
         present.placed_at = time.monotonic()
-        if self._shares is not None:
-            with contextlib.suppress(RayError, TimeoutError):
-                async with asyncio.timeout(ANSWER_S):
-                    present.must_yield = await self._shares.owes.remote(ray.get_runtime_context().get_job_id())
+        present.must_yield = self._sharing is not None and await self._sharing.owes()
 
     async def enter(self, life: Life) -> str | None:
         """A new life of an actor, before its engine starts; gives the reason why the job cannot go on, or None."""
@@ -102,16 +92,15 @@ class Watch:
             elif before.chunks or not before.is_ready:  # else the pool had let it go
                 self._charge(earlier, "its process ended")
             self._end(earlier)
-        return self._verdict(life.owner)
+        return self._deaths.verdict(life.owner)
 
     async def ready(self, life: Life) -> None:
         """Its engine has started."""
-        self._hear(life).is_ready = True
-        self._any_ready = True
+        self._hear(life).is_ready = self._deaths.any_started = True
 
     async def may_fail_to_start(self) -> bool:
         """Whether an engine of this job has started before: then one that does not is its machine's fault."""
-        return self._any_ready
+        return self._deaths.any_started
 
     async def begin(self, life: Life, chunk_id: str, name: str, rows: Sequence[int]) -> Trial | None:
         """A chunk goes into the engine beside others, unless it is a suspect: then it does not, and gets a trial."""
@@ -129,13 +118,13 @@ class Watch:
     async def keep(self, life: Life, chunk_id: str, results: dict[int, Result]) -> None:
         """They are answered."""
         self._hear(life).chunks.pop(chunk_id, None)
-        self._in_a_row.pop(life.owner, None)
+        self._deaths.answered(life.owner)
         self._suspects.keep(chunk_id, results)
 
     async def end(self, life: Life, chunk_id: str) -> None:
         """All rows of a chunk are answered."""
         self._hear(life).chunks.pop(chunk_id, None)
-        self._in_a_row.pop(life.owner, None)
+        self._deaths.answered(life.owner)
         self._suspects.done(chunk_id)
 
     async def beat(self, life: Life, is_engine: bool = False) -> float | None:
@@ -146,7 +135,7 @@ class Watch:
         present = self._hear(life)
         if is_engine and present.placed_at is None:  # this watch is a new one
             present.placed_at, present.is_engine, present.is_ready = time.monotonic(), True, True
-            self._any_ready = True
+            self._deaths.any_started = True
         if life.node_id in self._draining:
             return self._limits.preemption_grace_s
         return math.inf if present.must_yield else None
@@ -175,7 +164,7 @@ class Watch:
 
     async def count(self) -> tuple[int, int, int]:
         """Engines that died so far, engines that went with their node, and how often a chunk was begun."""
-        return self._num_deaths, self._num_lost, self._num_begun
+        return self._deaths.num, self._num_lost, self._num_begun
 
     def _begin(self) -> None:
         if not self._loops:
@@ -198,25 +187,7 @@ class Watch:
             return
         for chunk_id, (_, rows) in present.chunks.items():
             self._suspects.charge(chunk_id, rows)
-        self._num_deaths += 1
-        self._num_unstarted += not self._any_ready
-        if present.chunks:  # an engine that does not start is its machine's fault, and others may
-            self._in_a_row[life.owner] = self._in_a_row.get(life.owner, 0) + 1
-        names = [name for name, _ in present.chunks.values()]
-        self._deaths = [*self._deaths, f"{cause}; in it: {', '.join(names[:MAX_TOLD]) or 'nothing'}"][-MAX_TOLD:]
-
-    def _verdict(self, owner: str) -> str | None:
-        told = "\n".join(f"  {death}" for death in self._deaths)
-        if self._in_a_row.get(owner, 0) >= MAX_DEATHS_IN_A_ROW:
-            return f"{MAX_DEATHS_IN_A_ROW} engines of one actor died in a row, without an answer. The last:\n{told}"
-        if not self._any_ready and self._num_unstarted >= MAX_UNSTARTED:
-            return f"{self._num_unstarted} engines died as they started, and none has started. The last:\n{told}"
-        if self._num_deaths > self._limits.max_engine_restarts:
-            return (
-                f"{self._num_deaths} engines died, more than limits.max_engine_restarts = "
-                f"{self._limits.max_engine_restarts} allows. The last:\n{told}"
-            )
-        return None
+        self._deaths.add(life.owner, cause, [name for name, _ in present.chunks.values()])
 
     async def _reap(self) -> None:
         """Have every process killed that has been silent, or has been starting, for too long."""
@@ -251,17 +222,12 @@ class Watch:
 
     async def _share(self) -> None:
         """Report what engines there are, and let one go to another job when that is fair."""
-        pool, job = self._pool, ray.get_runtime_context().get_job_id() if self._pool else ""
-        while pool is not None and pool.gpus_per_engine:
+        if self._pool is None or not self._pool.gpus_per_engine:
+            return
+        self._sharing = Sharing(ray.get_runtime_context().get_job_id())
+        while True:
             await asyncio.sleep(REPORT_S)
-            try:
-                self._shares = self._shares or find_shares()
-                wants = await self._wants(pool)
-                async with asyncio.timeout(ANSWER_S):
-                    yields = await self._shares.report.remote(job, *wants, self._limits.yield_after_s)
-            except (RayError, ValueError, TimeoutError):  # the job that it belonged to has ended, or is held up
-                self._shares = None
-                continue
+            yields = await self._sharing.report(*await self._wants(self._pool), self._limits.yield_after_s)
             if yields and (engines := [one for one in self._staying() if one.is_engine]):
                 engines[-1].must_yield = True  # the last to come
 

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.batch import run_batch
+from pipeline.deaths import MAX_DEATHS_IN_A_ROW
 from pipeline.errors import JobError
 from pipeline.records import Losses, Manifest
 from pipeline.spec import parse_spec
 from pipeline.suspects import MAX_DEATHS_OF_A_ROW
-from pipeline.watch import MAX_DEATHS_IN_A_ROW
 from tests.builders import numbered_png
 from tests.running import r4b, read_output, simulated_spec, write_spec
 

@@ -4,23 +4,26 @@ Covers Parquet shards and folders of images, what becomes an error row, and what
 Not covered: how images decode (`test_images`) and which chunks there are (`test_plan`).
 """
 
+import errno
+import io
 import json
 import os
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SpecError
 from pipeline.plan import make_plan
 from pipeline.readers import read_chunks
 from pipeline.records import CommittedChunk, FailedShard, ReadChunk, Reading, Retry, Work
 from pipeline.spec import JobSpec
+from pipeline.storage import LocalStore
 from tests.builders import IMAGE_STRUCT, image_table, make_job, numbered_png, png_bytes, write_shard
 from tests.reading import numbers_of, read_all, readings_of, settings_of, tasks_of, text_of, try_all
 from tests.s3_server import S3Server
@@ -283,6 +286,48 @@ def test_read_chunks_damaged_row_group_gives_an_error_for_each_of_its_rows_alone
     assert [task.sample_id for task in lost[::2]] == [f"{shard}#{n}" for n in range(20, 30)]
     assert lost[0].error is not None
     assert str(shard) in lost[0].error.message
+
+
+class FailingDisk(io.FileIO):
+    """A file of a disk that fails, from its `num_reads`-th read on."""
+
+    def __init__(self, path: str, num_reads: int) -> None:
+        super().__init__(path)
+        self.num_reads = num_reads
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.num_reads -= 1
+        if self.num_reads < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(-1 if size is None else size)
+
+
+def test_read_chunks_disk_that_fails_damages_no_row_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "in" / "shard.parquet", image_table(50), row_group_size=10)
+    job = make_job(tmp_path / "in", tmp_path / "out", output={"chunk_rows": 50})
+    plan, whole = make_plan(job), tasks_of(job)
+    for num_reads in range(100):
+        monkeypatch.setattr(LocalStore, "open", lambda store, url, *_, n=num_reads: FailingDisk(url, n))
+        (made,) = try_all(job, plan)
+        if not isinstance(made, FailedShard):
+            break
+        assert "Input/output error" in made.message
+    assert isinstance(made, ReadChunk)
+    assert list(made.tasks) == whole
+    assert num_reads > 7, "it failed in its footer, which takes two, and in each of its row groups"
+
+
+def test_plan_over_a_disk_that_fails_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_over(tmp_path, image_table(4))
+    write_shard(tmp_path / "in" / "zz.parquet", image_table(3, first=10))
+    open_file = LocalStore.open
+
+    def open_or_fail(store: LocalStore, url: str, version: str | None = None) -> BinaryIO:
+        return FailingDisk(url, 0) if url.endswith("zz.parquet") else open_file(store, url, version)
+
+    monkeypatch.setattr(LocalStore, "open", open_or_fail)
+    with pytest.raises(SpecError, match=r"input\.url: .*zz\.parquet cannot be read: Input/output error\."):
+        make_plan(job)
 
 
 def test_read_chunks_shard_whose_name_is_not_utf8_gives_ids_that_parquet_can_hold(tmp_path: Path) -> None:

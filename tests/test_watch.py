@@ -2,16 +2,18 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import RayError
 
+from pipeline.deaths import MAX_DEATHS_IN_A_ROW, MAX_UNSTARTED
 from pipeline.lives import Life
-from pipeline.shares import Pool, has_room
+from pipeline.sharing import MAX_SILENCES, Pool, Sharing, has_room
 from pipeline.spec import LimitsSpec
 from pipeline.suspects import DEATHS_OF_A_SUSPECT
-from pipeline.watch import MAX_DEATHS_IN_A_ROW, MAX_UNSTARTED, Watch
+from pipeline.watch import Watch
 
 ROWS = [0, 1, 2]
 
@@ -195,7 +197,7 @@ def test_the_engine_that_came_last_leaves_when_another_job_waits(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares, free = ReadyShares(), [0.0]
-    monkeypatch.setattr("pipeline.watch.find_shares", lambda: shares)
+    monkeypatch.setattr("pipeline.sharing.find_shares", lambda: shares)
     monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
     monkeypatch.setattr("pipeline.watch.has_room", lambda gpus, draining: free[0] >= gpus)
     monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
@@ -277,22 +279,25 @@ def test_passes_that_end_their_processes_are_counted(cluster: Cluster) -> None:
     run(play)
 
 
-def test_shares_that_say_nothing_hold_up_no_engine(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_that_say_nothing_hold_up_no_engine_and_are_ended(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def silence(*said: object) -> bool:
         await asyncio.sleep(60)
         return True
 
-    shares = ReadyShares()
-    shares.report.remote = shares.owes.remote = silence
-    made: list[ReadyShares] = []
+    silent, ready = ReadyShares(), ReadyShares()
+    silent.report.remote = silent.owes.remote = silence
+    of_cluster, ended = [silent, ready], []
 
-    def find() -> ReadyShares:
-        made.append(shares)
-        return shares
+    def end(shares: ReadyShares) -> None:
+        ended.append(shares)
+        of_cluster.remove(shares)
 
-    monkeypatch.setattr("pipeline.watch.find_shares", find)
+    monkeypatch.setattr("pipeline.sharing.find_shares", lambda: of_cluster[0])
+    monkeypatch.setattr("pipeline.sharing.ray.kill", end)
     monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
-    monkeypatch.setattr("pipeline.watch.ANSWER_S", 0.05)
+    monkeypatch.setattr("pipeline.sharing.ANSWER_S", 0.05)
     monkeypatch.setattr("pipeline.watch.has_room", lambda gpus, draining: False)
     monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
 
@@ -301,10 +306,34 @@ def test_shares_that_say_nothing_hold_up_no_engine(cluster: Cluster, monkeypatch
         await watch.open()
         async with asyncio.timeout(5):
             await watch.place(life(1))
-            while len(made) < 3:
-                await asyncio.sleep(0.01)
+            assert not await watch.beat(life(1))
+            await ready.next()
+        assert ended == [silent]
 
     asyncio.run(play())
+
+
+def test_shares_that_answer_now_and_then_are_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares, calls = ReadyShares(), count()
+
+    async def now_and_then(*said: object) -> bool:
+        if next(calls) % MAX_SILENCES:
+            await asyncio.sleep(60)
+        return True
+
+    def end(shares: object) -> None:
+        raise AssertionError("they were ended")
+
+    shares.report.remote = now_and_then
+    monkeypatch.setattr("pipeline.sharing.find_shares", lambda: shares)
+    monkeypatch.setattr("pipeline.sharing.ray.kill", end)
+    monkeypatch.setattr("pipeline.sharing.ANSWER_S", 0.01)
+
+    async def play() -> list[bool]:
+        sharing = Sharing("job")
+        return [await sharing.report(1, 1, False, None) for _ in range(3 * MAX_SILENCES)]
+
+    assert sum(asyncio.run(play())) == 3
 
 
 @pytest.mark.parametrize(
@@ -343,7 +372,7 @@ def test_engines_that_never_start_end_the_job_unless_one_has_started(cluster: Cl
 def test_what_gives_no_sign_holds_no_gpus(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     shares, free = ReadyShares(), [0.0]
     shares.owed = False
-    monkeypatch.setattr("pipeline.watch.find_shares", lambda: shares)
+    monkeypatch.setattr("pipeline.sharing.find_shares", lambda: shares)
     monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
     monkeypatch.setattr("pipeline.watch.has_room", lambda gpus, draining: free[0] >= gpus)
     monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, is_of_machine
 
 REQUEST_BYTES = 4 << 20
 """How much is asked of the file at a time: each read of an object in a bucket is one request."""
@@ -166,7 +166,7 @@ def _read_blocks(file: BinaryIO, compression: str | None, first_offset: int) -> 
         try:
             block = read(BLOCK_BYTES)
         except (EOFError, OSError, zlib.error) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # the disk's; gzip's and Arrow's have no number
+            if is_of_machine(error):
                 raise
             reason = f"what follows byte {position} of the unpacked stream cannot be read: {error}"
             yield SampleError("shard_damaged", f"The {compression} file is damaged; {reason}.")

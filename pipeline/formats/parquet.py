@@ -14,7 +14,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, SampleError, ShardChangedError, SpecError, StoreUnavailableError
+from pipeline.errors import (
+    JobError,
+    SampleError,
+    ShardChangedError,
+    SpecError,
+    StoreUnavailableError,
+    is_of_machine,
+)
 from pipeline.formats.contract import Head, Listing, Note, Sample, Span, Wanted, check_filter, damaged
 from pipeline.formats.sources import to_sources
 from pipeline.records import Anchor, Chunk, Shard
@@ -154,6 +161,10 @@ def _read_footer(job: JobSpec, listing: Listing) -> tuple[pa.Schema, list[int], 
         raise SpecError(f"input.url: {error}") from error
     except JobError as error:
         raise OSError(str(error)) from error
+    except OSError as error:
+        if is_of_machine(error):
+            raise SpecError(f"input.url: {listing.info.url} cannot be read: {error.strerror}.") from error
+        raise
 
 
 def _possible_groups(file: BinaryIO, where: pc.Expression) -> frozenset[int] | None:
@@ -225,6 +236,8 @@ def _read_group(
     except ShardChangedError:
         raise
     except UNREADABLE as error:
+        if is_of_machine(error):
+            raise
         told = " ".join(str(error).split())[:300]
         why = f"{span.shard.url}: row group {group} cannot be read from row {row} on: {told}"
         yield from (damaged(index, why, group) for index in range(row, stop))
