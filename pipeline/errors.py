@@ -67,7 +67,4 @@ class SampleError(R4BError):
 
 def is_of_machine(error: Exception) -> bool:
     """Whether a disk or its network failed, not what a file holds: gzip's and Arrow's own OSErrors have no number."""
-    return isinstance(error, OSError) and error.errno not in (
-        None,
-        errno.EINVAL,
-    )  # EINVAL: a file told it to seek amiss
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # a damaged file may cause EINVAL
