@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,10 @@ from jobs.terminal import say
 from pipeline.errors import JobError, R4BError, SpecError
 
 REQUEST_TIMEOUT_S = 60
-SILENCE_S = 60
-"""Of a log, before its connection is looked after: one that died without a word is as silent as a job that waits."""
+SILENCE_S = 60.0
+"""Of a log, before the job is asked after: a connection that died without a word is as silent as a job that waits."""
+MAX_SILENCES = 30
+"""In a row, before such a connection is made anew. Ray's head keeps each that was left until the log's next line."""
 STOP_WAIT_S = 30
 STOP_ENV = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
 """Ray asks a job to stop as Ctrl-C does, and kills it if it takes longer."""
@@ -129,7 +131,8 @@ class Cluster:
         deadline, is_stopping = time.monotonic() + 2 * STOP_WAIT_S, False
         while not (status := self._ask(lambda: self.client.get_job_info(job_id)).status).is_terminal():
             # Ray stops nothing that has no process yet, which is so for a moment, and says so.
-            is_stopping = is_stopping or self._ask(lambda: self.client.stop_job(job_id))
+            if not is_stopping and self._ask(lambda: self.client.stop_job(job_id)):
+                deadline, is_stopping = time.monotonic() + 2 * STOP_WAIT_S, True  # its answer may have taken long
             if time.monotonic() > deadline:
                 raise JobError(f"{job_id} has not ended within {2 * STOP_WAIT_S} s; it is {status.value}.")
             time.sleep(0.5)
@@ -141,12 +144,12 @@ class Cluster:
         Raises JobError if the job is gone, or another has its id by now, both of which a new head makes of it.
         """
         view = LogView()
-        pause_s, waits_for = 1, None
+        pause_s, silences, waits_for = 1, 1, None
         started = self._ask(lambda: self.client.get_job_info(job_id)).start_time
         try:
             while True:
                 shown = view.position
-                in_order = self._tail(job_id, view)
+                in_order = self._tail(job_id, view, silences)
                 info = self._ask(lambda: self.client.get_job_info(job_id))
                 if info.start_time != started:
                     raise self._unknown()
@@ -158,21 +161,23 @@ class Cluster:
                     self._catch_up(job_id, view)
                 if ended:
                     break
-                pause_s = 1 if view.position > shown else min(2 * pause_s, 10)
+                is_new = view.position > shown
+                pause_s = 1 if is_new else min(2 * pause_s, 10)
+                silences = 1 if is_new else min(2 * silences, MAX_SILENCES)
                 time.sleep(pause_s)
         finally:
             view.close()
         return Ended(str(info.status.value), info.driver_exit_code, info.message, view.result)
 
-    def _tail(self, job_id: str, view: LogView) -> bool:
-        """Show the log as it grows; false if the connection broke, or cannot be had."""
+    def _tail(self, job_id: str, view: LogView, silences: int) -> bool:
+        """Show the log as it grows; false if the connection broke, cannot be had, or was silent so often in a row."""
 
         async def tail() -> bool:
             position = 0
             async with aclosing(self.client.tail_job_logs(job_id)) as texts:
                 while True:
                     try:
-                        text = await asyncio.wait_for(anext(texts), SILENCE_S)
+                        text = await self._next(texts, job_id, silences)
                     except StopAsyncIteration:
                         return True
                     except Exception:  # whatever is wrong with this connection, the next request tells
@@ -181,6 +186,21 @@ class Cluster:
                     position += len(text)
 
         return asyncio.run(tail())
+
+    async def _next(self, texts: AsyncGenerator[str], job_id: str, silences: int) -> str:
+        """What comes next of a log; raises TimeoutError if that is nothing."""
+        coming = asyncio.ensure_future(anext(texts))
+        try:
+            for _ in range(silences):
+                await asyncio.wait({coming}, timeout=SILENCE_S)
+                if coming.done():
+                    return coming.result()
+                if (await asyncio.to_thread(self.client.get_job_info, job_id)).status.is_terminal():
+                    break
+        finally:
+            coming.cancel()
+            await asyncio.wait({coming})
+        raise TimeoutError
 
     def _catch_up(self, job_id: str, view: LogView) -> None:
         """Show what the whole log holds beyond what was shown; a node that is gone has taken its log along."""

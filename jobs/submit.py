@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jobs.ray_jobs import Cluster, Ended, Running
 
 ADDRESS = "http://127.0.0.1:8265"
+FORCE_NEW = "--force-new"
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,19 @@ class Call:
     overrides: tuple[str, ...]
     address: str
     flags: tuple[str, ...] = ()
-    """Options of `r4b run` that are passed on, and `--installed`."""
+    """Options of `r4b run` that are passed on."""
+    installed: bool = False
+
+    @property
+    def lasting(self) -> tuple[str, ...]:
+        """The flags that whoever comes back to the job gives again: `--force-new` would start it over once more."""
+        return tuple(flag for flag in self.flags if flag != FORCE_NEW)
 
     def again(self, *extra: str) -> str:
         """The command line that comes back to the same job."""
         sets = [word for override in self.overrides for word in ("--set", override)]
-        return shlex.join(["r4b", "submit", self.spec, *sets, "--address", self.address, *self.flags, *extra])
+        flags = [*self.lasting, *(["--installed"] if self.installed else []), *extra]
+        return shlex.join(["r4b", "submit", self.spec, *sets, "--address", self.address, *flags])
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,8 @@ def submit(
     absolute paths on a disk that all nodes share.
 
     Ctrl-C, or a lost terminal, only ends the following. The job goes on, and the same command follows it again; one
-    that has ended is submitted anew, and does what is left. One job at a time writes to an output.
+    that has ended is submitted anew, and does what is left (with --force-new it would start over: leave that out).
+    One job at a time writes to an output.
 
     If the cluster asks for a token, set RAY_AUTH_MODE=token; Ray takes it from RAY_AUTH_TOKEN, or from the file
     ~/.ray/auth_token.
@@ -136,9 +145,9 @@ def submit(
     Exit codes: those of r4b run on the cluster (0 done, 1 failed, 2 the spec or the call was wrong), 130 detached.
     """
     flags = tuple(f"--{name.replace('_', '-')}" for name, given in sorted(options.items()) if given)
-    call = Call(spec, overrides, address, (*flags, *(["--installed"] if installed else [])))
+    call = Call(spec, overrides, address, flags, installed)
     checked = check_spec(spec, overrides)
-    identity = identify(checked.job, flags)
+    identity = identify(checked.job, call.lasting)
     if stop and detach:
         raise SpecError("--stop waits until the job has ended; leave --detach out.")
     with detaching(call):
@@ -156,7 +165,7 @@ def submit(
             say(f"Follow it: {call.again()}\nStop it:   {call.again('--stop')}")
             click.echo(json.dumps({"submission_id": job_id}) if as_json else job_id)
             return
-        show_result(job_id, cluster.follow(job_id), as_json)
+        show_result(job_id, cluster.follow(job_id), call, as_json)
 
 
 @contextmanager
@@ -229,6 +238,8 @@ def attach(cluster: "Cluster", running: "Running", identity: Identity, call: Cal
             f"Follow it with its own, wait for its end, or stop it: {call.again('--stop')}"
         )
     say(f"{running.job_id} runs already on {cluster.address}; following it.")
+    if FORCE_NEW in call.flags:
+        say(f"It is not started over for {FORCE_NEW}. To do that, stop it first: {call.again('--stop')}")
     return running.job_id
 
 
@@ -258,7 +269,7 @@ def stop_job(cluster: "Cluster", identity: Identity, call: Call) -> None:
         say(f"It ended before it could be stopped: {status}.")
 
 
-def show_result(job_id: str, ended: "Ended", as_json: bool) -> None:
+def show_result(job_id: str, ended: "Ended", call: Call, as_json: bool) -> None:
     """The result on stdout, or the exit code of the run on the cluster, whose message its log has shown."""
     if ended.status == "SUCCEEDED":
         if ended.result is None:
@@ -267,8 +278,8 @@ def show_result(job_id: str, ended: "Ended", as_json: bool) -> None:
         click.echo(json.dumps(ended.result["manifest"], indent=2, sort_keys=True) if as_json else ended.result["text"])
         return
     if ended.status == "STOPPED":
-        raise JobError(f"{job_id} was stopped. Committed chunks are kept; the same command goes on from there.")
+        raise JobError(f"{job_id} was stopped. Committed chunks are kept; this goes on from there: {call.again()}")
     if ended.exit_code is None:
         raise JobError(f"{job_id} failed: {' '.join((ended.message or 'Ray does not say why').split())[:1500]}")
-    say(f"r4b: {job_id} failed with exit code {ended.exit_code}. The same command goes on from what is committed.")
+    say(f"r4b: {job_id} failed with exit code {ended.exit_code}. This goes on from what is committed: {call.again()}")
     sys.exit(2 if ended.exit_code == 2 else 1)

@@ -47,7 +47,8 @@ def exits_cleanly(command: Callable[..., None]) -> Callable[..., None]:
             say(f"r4b: {error}")
             sys.exit(2 if isinstance(error, SpecError) else 1)
         except KeyboardInterrupt:
-            say("r4b: stopped. Committed chunks are kept; the same command goes on from there.")
+            without = ", without --force-new," if kwargs.get("force_new") else ""
+            say(f"r4b: stopped. Committed chunks are kept; the same command{without} goes on from there.")
             sys.exit(130)
 
     return run

@@ -25,7 +25,7 @@ import botocore.auth
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from botocore.exceptions import ResponseStreamingError
+from botocore.exceptions import ClientError, ResponseStreamingError
 from botocore.response import StreamingBody
 from urllib3.exceptions import SSLError
 
@@ -645,6 +645,29 @@ def test_s3_clock_that_is_wrong_is_told(s3: S3Server, monkeypatch: pytest.Monkey
     with pytest.raises(StoreUnavailableError, match=r"clock is 3[56]\d\d s ahead of the store's") as caught:
         store.stat(place.at("a"))
     assert "RequestTimeTooSkewed" in str(caught.value)
+
+
+def test_s3_large_file_whose_tries_take_long_is_tried_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = s3_place(s3)
+    offset = [0.0]
+    tries: list[tuple[int, str] | None] = []
+    answers = [(409, "ConditionalRequestConflict"), (503, "SlowDown"), (404, "NoSuchUpload"), None]
+
+    class Slow:
+        def upload_fileobj(self, *args: Any, **kwargs: Any) -> None:
+            offset[0] += 1000.0
+            answer = answers[len(tries)]
+            tries.append(answer)
+            if answer is not None:
+                status, code = answer
+                response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+                raise ClientError(response, "CompleteMultipartUpload")
+
+    clock = time.monotonic
+    monkeypatch.setattr("tenacity.time.monotonic", lambda: clock() + offset[0])
+    monkeypatch.setattr("pipeline.storage.s3.s3_client", lambda *args, **kwargs: Slow())
+    assert place.store.put_file_if_absent(place.at("a"), io.BytesIO(bytes(17 << 20)))
+    assert tries == answers
 
 
 def _time_after(seconds: float, clock: Callable[[], float]) -> float:

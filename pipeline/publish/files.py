@@ -97,7 +97,7 @@ class Partitions:
                 "folders."
             )
         for value in values:
-            if value in ("", NULL_FOLDER) or len(self.folder_of(value)) > MAX_FOLDER_BYTES:
+            if value in ("", NULL_FOLDER) or len(self.folder_of(value).encode()) > MAX_FOLDER_BYTES:
                 shown = repr(value) if len(str(value)) < 50 else f"a value of {len(str(value))} characters"
                 raise SpecError(f"--partition-by: column {self.column!r} holds {shown}, which cannot name a folder.")
 
@@ -106,7 +106,12 @@ class Partitions:
         if self.column is None:
             return ""
         text = str(value).lower() if isinstance(value, bool) else str(value)
-        return f"{quote(self.column, safe='')}={NULL_FOLDER if value is None else quote(text, safe='')}/"
+        return f"{_escape(self.column)}={NULL_FOLDER if value is None else _escape(text)}/"
+
+
+def _escape(text: str) -> str:
+    """Url-quoted as Hive and Spark read it: for them each %XX is a character, so what is not ASCII stays as it is."""
+    return "".join(char if char.isprintable() and not char.isascii() else quote(char, safe="") for char in text)
 
 
 def json_value(value: Any) -> Any:

@@ -86,6 +86,7 @@ def publish(
             version = target.complete(made)
     moved = target.point_to(name)
     if target.read(name) is None:
+        target.point_to_newest()
         raise JobError(f"Another publisher's --keep removed version {name} meanwhile. Run the command again.")
     return Published(version, written, moved)
 

@@ -21,7 +21,7 @@ from pipeline.spec import StorageSpec
 from pipeline.storage import Store, absolute_url, join_url, open_store
 
 LATEST_FILE, VERSIONS, VERSION_MANIFEST = "_latest.json", "versions", "_manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Of what a target holds, and of how rows are laid out in files: another number gives other versions."""
 
 
@@ -126,6 +126,12 @@ class Target:
         data = json.dumps(content, indent=2, sort_keys=True) + "\n"
         self.store.put(join_url(self.url, LATEST_FILE), data.encode())
         return True
+
+    def point_to_newest(self) -> None:
+        """Undo a `point_to` whose version another publisher's --keep has removed, so that readers have one."""
+        versions = sorted(self._complete_versions(), key=lambda version: version.created_at)
+        if versions:
+            self.point_to(versions[-1].version)
 
     def latest(self) -> Version:
         """The version that readers take; raises SpecError if there is none."""

@@ -13,7 +13,7 @@ from pipeline.errors import ShardChangedError, SpecError, StoreUnavailableError
 from pipeline.spec import StorageSpec
 from pipeline.storage.contract import ObjectInfo
 from pipeline.storage.s3_client import answered_endpoints, s3_client
-from pipeline.storage.s3_errors import again, code_of, outlast, status_of, told
+from pipeline.storage.s3_errors import again, again_long, code_of, outlast, outlast_long, status_of, told
 from pipeline.storage.urls import glob_to_regex, is_glob, split_s3
 
 TIMEOUT_S = 30.0
@@ -113,7 +113,7 @@ class S3Store:
             client = s3_client(*self._settings, uploads_if_absent=True)
             client.upload_fileobj(file, bucket, key, Config=UPLOAD)  # aborts what it cannot complete
 
-        return _unless_taken(url, upload)
+        return _unless_taken(url, lambda: outlast_long(again_long, upload))
 
     def put(self, url: str, data: bytes) -> None:
         bucket, key = split_s3(url)
@@ -125,7 +125,11 @@ class S3Store:
 
     def _put_if(self, url: str, data: bytes, **condition: str) -> bool:
         bucket, key = split_s3(url)
-        return _unless_taken(url, lambda: self.client.put_object(Bucket=bucket, Key=key, Body=data, **condition))
+
+        def put() -> None:
+            self.client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+
+        return _unless_taken(url, lambda: outlast(again, put))
 
     def delete(self, url: str) -> None:
         bucket, key = split_s3(url)
@@ -148,7 +152,7 @@ def _unless_taken(url: str, write: Callable[[], object]) -> bool:
     """Write under a condition; False when it does not hold."""
     with told(url):
         try:
-            outlast(again, write)
+            write()
         except botocore.exceptions.ClientError as error:
             if status_of(error) == 412 or code_of(error) == "NoSuchKey":
                 return False

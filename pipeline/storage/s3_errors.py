@@ -94,6 +94,8 @@ again = tenacity.Retrying(
     reraise=True,
 )
 """Calls a function until it succeeds, up to six times within a minute."""
+again_long = again.copy(stop=tenacity.stop_after_attempt(6))
+"""The same for what may take longer than a minute, as a large file does."""
 
 
 def _is_outage(error: BaseException) -> bool:
@@ -123,3 +125,5 @@ outlast = tenacity.Retrying(
     reraise=True,
 )
 """Calls a function until the store is well again."""
+outlast_long = outlast.copy(stop=lambda state: state.idle_for >= OUTAGE_S)
+"""The same for what may take longer: so long does it wait between its tries."""
