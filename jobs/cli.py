@@ -43,7 +43,7 @@ def main() -> None:
     is_flag=True,
     help="Delete parts whose shards, or their prompts, changed since; their rows are redone.",
 )
-@click.option("--force-new", is_flag=True, help="Delete what another job left at output.url, and start over.")
+@click.option("--force-new", is_flag=True, help="Delete all parts at output.url, this job's own too, and start over.")
 @json_option
 @exits_cleanly
 def run(spec: str, overrides: tuple[str, ...], as_json: bool, **options: bool) -> None:
@@ -275,8 +275,9 @@ def demo(rows: int, output: str) -> None:
 def serve(settings: str | None, overrides: tuple[str, ...], host: str, port: int, no_auth: bool) -> None:
     """Serve the model on this machine through the OpenAI API, until Ctrl-C.
 
-    SETTINGS is a YAML file (see docs/serving.md); without it, the published model on one GPU. API keys are read from
-    the file that auth.keys_file names, and from the environment variable R4B_API_KEYS, comma-separated.
+    SETTINGS is a YAML file (see docs/serving.md); without it, the published model on one GPU, which needs
+    --set engine.args.trust_remote_code=true. API keys are read from the file that auth.keys_file names, and from the
+    environment variable R4B_API_KEYS, comma-separated.
     """
     from jobs.serve import asks_for_keys, check_listening, load_settings, serve_here
 

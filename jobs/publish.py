@@ -38,7 +38,7 @@ def parse_size(text: str) -> int:
 @click.option("--max-partitions", default=1000, show_default=True, type=click.IntRange(1), help="Refuse more values.")
 @click.option("--unfinished", is_flag=True, help="Publish what is there of a job that is not finished.")
 @click.option("--with-stale", is_flag=True, help="Also parts whose shards are no longer in the input.")
-@click.option("--keep", type=click.IntRange(1), metavar="N", help="Then remove all versions but the latest N.")
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Then remove all but it and the N - 1 before it.")
 @endpoint_option
 @json_option
 @exits_cleanly

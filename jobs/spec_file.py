@@ -1,6 +1,6 @@
 """From a YAML file and `--set key=value` options to a checked JobSpec.
 
-Not covered: what the keys mean (`pipeline/spec.py`).
+Not covered: what the keys mean (`pipeline/spec/`).
 """
 
 from collections.abc import Sequence

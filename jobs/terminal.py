@@ -20,7 +20,7 @@ set_option = click.option(
     help="Override a key of the spec, such as --set engine.max_num_seqs=128. May be given several times.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-endpoint_option = click.option("--endpoint-url", metavar="URL", help="S3 endpoint to find OUTPUT at, if it is not AWS.")
+endpoint_option = click.option("--endpoint-url", metavar="URL", help="The S3 endpoint, if it is not AWS.")
 
 
 def storage_at(endpoint_url: str | None) -> StorageSpec:
