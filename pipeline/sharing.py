@@ -5,6 +5,7 @@ then another job makes the next, which knows all within a few reports. One that 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from pipeline.shares import Shares
 
 ANSWER_S = 10.0
 MAX_SILENCES = 3
-"""In a row, after which the shares are ended."""
+"""Reports in a row without an answer, after which the shares are ended."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,10 @@ class Sharing:
         self._num_silences = 0
 
     async def report(self, gpus: float, gpus_per_engine: float, waits: bool, yield_after_s: float | None) -> bool:
-        """As `Shares.report`; False where nobody answers."""
-        return await self._ask("report", gpus, gpus_per_engine, waits, yield_after_s)
-
-    async def owes(self) -> bool:
-        """As `Shares.owes`; False before the first report, and where nobody answers."""
-        return self._shares is not None and await self._ask("owes")
-
-    async def _ask(self, what: str, *said: Any) -> bool:
+        """As `Shares.report`; False where nobody answers. One at a time."""
         try:
             self._shares = self._shares or find_shares()
-            async with asyncio.timeout(ANSWER_S):
-                answer: bool = await getattr(self._shares, what).remote(self._job, *said)
+            answer = await self._ask("report", gpus, gpus_per_engine, waits, yield_after_s)
         except TimeoutError:
             self._num_silences += 1
             if self._num_silences >= MAX_SILENCES:
@@ -60,6 +53,18 @@ class Sharing:
             self._forget()
             return False
         self._num_silences = 0
+        return answer
+
+    async def owes(self) -> bool:
+        """As `Shares.owes`; False before the first report, and where nobody answers."""
+        if self._shares is not None:
+            with contextlib.suppress(RayError, TimeoutError):
+                return await self._ask("owes")
+        return False
+
+    async def _ask(self, what: str, *said: Any) -> bool:
+        async with asyncio.timeout(ANSWER_S):
+            answer: bool = await getattr(self._shares, what).remote(self._job, *said)
         return answer
 
     def _forget(self) -> None:

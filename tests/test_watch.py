@@ -313,6 +313,36 @@ def test_shares_that_say_nothing_hold_up_no_engine_and_are_ended(
     asyncio.run(play())
 
 
+def test_engines_that_ask_shares_in_vain_end_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares, answers = ReadyShares(), [True]
+
+    async def silence(*said: object) -> bool:
+        if answers[0]:
+            return True
+        await asyncio.sleep(60)
+        return True
+
+    def end(shares: object) -> None:
+        raise AssertionError("they were ended")
+
+    shares.owes.remote = silence
+    monkeypatch.setattr("pipeline.sharing.find_shares", lambda: shares)
+    monkeypatch.setattr("pipeline.sharing.ray.kill", end)
+    monkeypatch.setattr("pipeline.sharing.ANSWER_S", 0.05)
+
+    async def play() -> None:
+        sharing = Sharing("job")
+        assert not await sharing.owes(), "nothing was reported"
+        await sharing.report(1, 1, False, None)
+        assert await sharing.owes()
+        answers[0] = False
+        assert not any(await asyncio.gather(*(sharing.owes() for _ in range(2 * MAX_SILENCES))))
+        answers[0] = True
+        assert await sharing.owes()
+
+    asyncio.run(play())
+
+
 def test_shares_that_answer_now_and_then_are_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     shares, calls = ReadyShares(), count()
 
