@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.batch import CPUS_PER_CPU_ENGINE
+from pipeline.sharing import CPUS_PER_ENGINE
 from tests.builders import image_table, write_shard
 from tests.running import R4B, kill_tree, simulated_spec, write_spec
 
@@ -114,7 +114,7 @@ def sum_up(num_engines: int, num_chunks: int, samples: list[Sample]) -> dict[str
 def start_head(port: int, num_engines: int, folder: str) -> "subprocess.Popen[bytes]":
     """Ray on loopback, with as few processors as the engines and some readers need: it starts a worker for each."""
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    num_cpus = math.ceil(CPUS_PER_CPU_ENGINE * num_engines) + 3
+    num_cpus = math.ceil(CPUS_PER_ENGINE * num_engines) + 3
     command += [f"--num-cpus={num_cpus}", "--num-gpus=0", "--object-store-memory=500000000"]
     command += [f"--temp-dir={folder}", "--include-dashboard=false", "--disable-usage-stats"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)

@@ -51,7 +51,7 @@ from pipeline.records import (
     Work,
     valid_text,
 )
-from pipeline.sharing import Pool
+from pipeline.sharing import CPUS_PER_ENGINE, Pool
 from pipeline.spec import JobSpec, fingerprint_parts
 from pipeline.transport import from_batch, from_batches, to_batch
 from pipeline.watch import count_losses, end_watch, start_watch
@@ -165,9 +165,9 @@ def commit_batch(batch: pa.Table, output: Output, watch: Any) -> pa.Table:
     return to_batch(commit_chunk(chunk, output)) if isinstance(chunk, GeneratedChunk) else batch
 
 
-# Together one core, so that a job runs on a machine that has no more. A read must not reserve what a CPU engine
-# does: Ray Data would fuse the two stages, and reading would wait for the engine.
-CPUS_PER_READ, CPUS_PER_COMMIT, CPUS_PER_CPU_ENGINE = 0.5, 0.25, 0.25
+# With an engine's, together one core, so that a job runs on a machine that has no more. A read must not reserve what a
+# CPU engine does: Ray Data would fuse the two stages, and reading would wait for the engine.
+CPUS_PER_READ, CPUS_PER_COMMIT = 0.5, 0.25
 
 
 def engine_resources(job: JobSpec) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def engine_resources(job: JobSpec) -> dict[str, Any]:
     return {
         "compute": pool,
         "num_gpus": num_gpus,
-        "num_cpus": 1 if num_gpus else CPUS_PER_CPU_ENGINE,
+        "num_cpus": CPUS_PER_ENGINE,
         "max_restarts": -1,  # how often is the watch's to say
     }
 

@@ -16,6 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.shares import Shares
 
+CPUS_PER_ENGINE = 0.25
+"""Reserved beside its GPUs. Of a cluster's CPUs Ray Data allots to engines about a third, and grows no pool beyond."""
 ANSWER_S = 10.0
 MAX_SILENCES = 3
 """Reports in a row without an answer, after which the shares are ended."""
@@ -80,8 +82,10 @@ def find_shares() -> Any:
 
 
 def has_room(gpus: float, draining: Set[str]) -> bool:
-    """Whether a node that stays has the GPUs free, and a processor beside them, as the cluster knows it now. Blocks."""
+    """Whether a node that stays has the GPUs free, and CPU beside them, as the cluster knows it now. Blocks."""
     free = ray._private.state.available_resources_per_node()
     return any(
-        node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= 1 for key, node in free.items() if key not in draining
+        node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= CPUS_PER_ENGINE
+        for key, node in free.items()
+        if key not in draining
     )

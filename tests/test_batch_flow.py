@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.batch import chunks_in_flight, run_batch
+from pipeline.batch import chunks_in_flight, engine_resources, run_batch
 from pipeline.errors import ErrorRateError, JobError, SpecError
 from pipeline.records import ChunkReport, Manifest
 from pipeline.spec import parse_spec
+from tests.builders import make_job
 from tests.running import keys_of, read_output, simulated_spec, write_scene_shards
 from tests.s3_server import S3Server
 
@@ -234,6 +235,14 @@ def test_run_over_s3_gives_the_rows_of_the_disk(tmp_path: Path, s3: S3Server) ->
     assert run(remote)[1] == []
     secret = s3.secret_key.encode()
     assert not any(secret in data for data in stored.values())
+
+
+@pytest.mark.parametrize("num_gpus", [0, 0.5, 1])
+def test_engine_reserves_so_little_cpu_that_its_gpus_decide_how_many_there_are(tmp_path: Path, num_gpus: float) -> None:
+    job = make_job(tmp_path / "in", tmp_path / "out", engine={"kind": "simulated", "num_gpus": num_gpus})
+    resources = engine_resources(job)
+    assert resources["num_gpus"] == num_gpus
+    assert 3 * resources["num_cpus"] < 1, "of a CPU for each GPU, Ray Data allots to engines about a third"
 
 
 @pytest.mark.parametrize(

@@ -369,9 +369,9 @@ def test_shares_that_answer_now_and_then_are_not_ended(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("nodes", "draining", "fits"),
     [
-        ({"a": {"GPU": 2.0, "CPU": 1.0}}, set(), True),
+        ({"a": {"GPU": 2.0, "CPU": 0.25}}, set(), True),
         ({"a": {"GPU": 1.0, "CPU": 8.0}, "b": {"GPU": 1.0, "CPU": 8.0}}, set(), False),
-        ({"a": {"GPU": 2.0, "CPU": 0.5}, "b": {"CPU": 8.0}}, set(), False),
+        ({"a": {"GPU": 2.0, "CPU": 0.2}, "b": {"CPU": 8.0}}, set(), False),
         ({"a": {"GPU": 2.0, "CPU": 1.0}}, {"a"}, False),
         ({"a": {"GPU": 2.0, "CPU": 1.0}, "b": {"GPU": 2.0, "CPU": 1.0}}, {"a"}, True),
         ({}, set(), False),
