@@ -227,7 +227,11 @@ class Watch:
         self._sharing = Sharing(ray.get_runtime_context().get_job_id())
         while True:
             await asyncio.sleep(REPORT_S)
-            yields = await self._sharing.report(*await self._wants(self._pool), self._limits.yield_after_s)
+            try:
+                wants = await self._wants(self._pool)
+            except Exception:  # as of `_look`: the GCS is slow, or not there
+                continue
+            yields = await self._sharing.report(*wants, self._limits.yield_after_s)
             if yields and (engines := [one for one in self._staying() if one.is_engine]):
                 engines[-1].must_yield = True  # the last to come
 

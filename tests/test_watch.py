@@ -400,11 +400,17 @@ def test_engines_that_never_start_end_the_job_unless_one_has_started(cluster: Cl
 
 
 def test_what_gives_no_sign_holds_no_gpus(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares, free = ReadyShares(), [0.0]
+    shares, asked = ReadyShares(), count()
     shares.owed = False
+
+    def has_room_or_fail(gpus: float, draining: frozenset[str]) -> bool:
+        if next(asked) == 0:
+            raise RuntimeError("the cluster does not answer")
+        return False
+
     monkeypatch.setattr("pipeline.sharing.find_shares", lambda: shares)
     monkeypatch.setattr("pipeline.watch.REPORT_S", 0.05)
-    monkeypatch.setattr("pipeline.watch.has_room", lambda gpus, draining: free[0] >= gpus)
+    monkeypatch.setattr("pipeline.watch.has_room", has_room_or_fail)
     monkeypatch.setattr("pipeline.watch.ray.get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "job"))
 
     async def play() -> None:
